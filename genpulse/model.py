@@ -1,0 +1,292 @@
+"""
+The words of the domain as plain, frozen values: tasks, attempts, outputs, assets and their states.
+
+Nothing here knows a database, a broker or HTTP. Records are never changed, only read anew or
+copied. Times are aware UTC, durations seconds (``*_s``), sizes bytes (``*_bytes``).
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from genpulse.errors import GenPulseError, Retryable
+
+__all__ = [
+    "Asset",
+    "Attempt",
+    "AttemptOutcome",
+    "Claim",
+    "ErrorInfo",
+    "Fence",
+    "NewOutput",
+    "NewTask",
+    "Output",
+    "OutputKind",
+    "Priority",
+    "Task",
+    "TaskStatus",
+    "WorkerInfo",
+]
+
+
+class TaskStatus(enum.StrEnum):
+    """``pending → processing → completed | failed | canceled``; the last three are final."""
+
+    PENDING = "pending"
+    PROCESSING = "processing"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the task never changes again."""
+        return self in _FINAL
+
+
+_FINAL = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELED})
+
+
+class Priority(enum.StrEnum):
+    """What a caller may ask for. ``step`` is Redis' priority list, where 0 is served first."""
+
+    LOW = "low"
+    NORMAL = "normal"
+    HIGH = "high"
+
+    @property
+    def step(self) -> int:
+        """The broker's priority step: 0 (most urgent), 3 or 6."""
+        return _STEPS[self]
+
+    @classmethod
+    def from_step(cls, step: int) -> Priority:
+        """The inverse of :attr:`step`."""
+        return next(priority for priority, value in _STEPS.items() if value == step)
+
+
+_STEPS = {Priority.HIGH: 0, Priority.NORMAL: 3, Priority.LOW: 6}
+
+
+class AttemptOutcome(enum.StrEnum):
+    """How an attempt ended; decides what counts and what a later attempt may adopt."""
+
+    COMPLETED = "completed"
+    FAILED = "failed"
+    """Ended in a permanent error, or in the last retryable one."""
+    RETRY = "retry"
+    """Ended in a retryable error; counted towards ``max_attempts``."""
+    STORAGE_FAILED = "storage_failed"
+    """Rendered, but could not be stored; counted, and the finished prompt may be adopted."""
+    LOST = "lost"
+    """Its worker vanished; counted towards ``GENPULSE_MAX_LOST``. The prompt may be adopted."""
+    HANDED_BACK = "handed_back"
+    """Given back on purpose; counted nowhere. The prompt may be adopted."""
+    CANCELED = "canceled"
+
+    @property
+    def leaves_prompt(self) -> bool:
+        """Whether a later attempt should look for this attempt's prompt on its server."""
+        return self in _LEAVES_PROMPT
+
+
+_LEAVES_PROMPT = frozenset(
+    {AttemptOutcome.STORAGE_FAILED, AttemptOutcome.LOST, AttemptOutcome.HANDED_BACK}
+)
+
+
+class OutputKind(enum.StrEnum):
+    """What a stored output is, for a person and for a player."""
+
+    IMAGE = "image"
+    VIDEO = "video"
+    AUDIO = "audio"
+    TEXT = "text"
+    MODEL3D = "model3d"
+    LATENT = "latent"
+    FILE = "file"
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """Why a task or an attempt did not complete. Carries no path or secret of a server."""
+
+    code: str
+    message: str
+    retryable: bool = False
+    node_id: str | None = None
+    class_type: str | None = None
+
+    @classmethod
+    def of(cls, error: GenPulseError) -> ErrorInfo:
+        """The public words for one of our own errors."""
+        return cls(
+            code=error.code,
+            message=error.message or type(error).__name__,
+            retryable=isinstance(error, Retryable),
+            node_id=error.node_id,
+            class_type=error.class_type,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON shape: ``node_id`` and ``class_type`` only where they are known."""
+        found = {"node_id": self.node_id, "class_type": self.class_type}
+        return {
+            "code": self.code,
+            "message": self.message,
+            "retryable": self.retryable,
+            **{name: value for name, value in found.items() if value is not None},
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any] | None) -> ErrorInfo | None:
+        """The inverse of :meth:`as_dict`; ``None`` stays ``None``."""
+        return None if data is None else cls(**data)
+
+
+@dataclass(frozen=True, slots=True)
+class NewTask:
+    """A validated request, ready to be recorded."""
+
+    task_type: str
+    queue: str
+    params: Mapping[str, Any]
+    owner: str
+    priority: Priority = Priority.NORMAL
+    timeout_s: int = 900
+    expires_in_s: int | None = None
+    max_attempts: int = 3
+    callback_url: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    retry_of: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NewOutput:
+    """One stored file an attempt made, before it belongs to a completed task."""
+
+    node_id: str
+    name: str
+    kind: OutputKind
+    content_type: str
+    size_bytes: int
+    sha256: str
+    key: str
+    width: int | None = None
+    height: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output(NewOutput):
+    """A :class:`NewOutput` with its place (from 0) in its task's list."""
+
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One try at a task, numbered from 1; its number and claim token fence its writes."""
+
+    task_id: str
+    number: int
+    worker: str
+    started_at: dt.datetime
+    server: str | None = None
+    prompt_id: str | None = None
+    client_id: str | None = None
+    submitted_at: dt.datetime | None = None
+    """When the prompt ids were written down, which is *before* they were sent."""
+    ended_at: dt.datetime | None = None
+    outcome: AttemptOutcome | None = None
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One piece of requested work as the ledger knows it."""
+
+    id: str
+    owner: str
+    task_type: str
+    queue: str
+    priority: Priority
+    status: TaskStatus
+    params: Mapping[str, Any]
+    attempt: int
+    """Number of the newest attempt; 0 before the first."""
+    max_attempts: int
+    timeout_s: int
+    created_at: dt.datetime
+    updated_at: dt.datetime
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    callback_url: str | None = None
+    retry_of: str | None = None
+    started_at: dt.datetime | None = None
+    completed_at: dt.datetime | None = None
+    expires_at: dt.datetime | None = None
+    """The task is not started after this time; it plays no part once an attempt was made."""
+    available_at: dt.datetime | None = None
+    cancel_requested_at: dt.datetime | None = None
+    bound_server: str | None = None
+    """The server that may still have this task's prompt; only its workers may claim."""
+    error: ErrorInfo | None = None
+    run_s: float | None = None
+    store_s: float | None = None
+    outputs: tuple[Output, ...] = ()
+    attempts: tuple[Attempt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Fence:
+    """What every write of an attempt carries: only the newest attempt's own token matches."""
+
+    task_id: str
+    attempt: int
+    claim: str
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """A task that this worker may run now, with the fence of the new attempt."""
+
+    task: Task
+    fence: Fence
+    predecessors: tuple[Attempt, ...]
+    """Earlier attempts that may have left a prompt on a server, newest first."""
+    deadline_at: dt.datetime | None = None
+    """Set when an earlier attempt's prompt was already seen running."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """A file that a caller uploaded."""
+
+    id: str
+    owner: str
+    key: str
+    name: str
+    content_type: str
+    size_bytes: int
+    sha256: str
+    created_at: dt.datetime
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerInfo:
+    """A live Celery worker process as its last heartbeat described it."""
+
+    name: str
+    host: str
+    pid: int
+    queues: tuple[str, ...]
+    servers: tuple[Mapping[str, Any], ...]
+    """``{"name": str, "healthy": bool, "reason": str}`` for each ComfyUI server it serves."""
+    slots: int
+    consuming: bool
+    version: str
+    started_at: dt.datetime
+    seen_at: dt.datetime
