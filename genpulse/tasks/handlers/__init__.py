@@ -1,0 +1,1 @@
+"""The built-in task types. They are found through the entry points in ``pyproject.toml``."""
