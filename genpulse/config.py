@@ -72,13 +72,19 @@ class Settings(BaseSettings):
         description="ComfyUI servers of this worker, `name=url` separated by commas. An unnamed loopback URL is named `<hostname>:<port>`. Empty: this worker has none.",
     )
     public_url: str = Field(
-        "", description="The API's address as callers see it, for links in answers. Empty: the request's own address."
+        "",
+        description="The API's address as callers see it, for links in answers. Empty: the request's own address.",
     )
 
     # API
-    host: str = Field("127.0.0.1", description="Address the API listens on. Anything but loopback needs an API key.")
+    host: str = Field(
+        "127.0.0.1", description="Address the API listens on. Anything but loopback needs an API key."
+    )
     port: int = Field(8000, ge=0, le=65535, description="Port of the API.")
-    api_key: SecretStr = Field(SecretStr(""), description="The one key that callers send as `Authorization: Bearer …`. Empty: no key, loopback only.")
+    api_key: SecretStr = Field(
+        SecretStr(""),
+        description="The one key that callers send as `Authorization: Bearer …`. Empty: no key, loopback only.",
+    )
     api_workers: int = Field(2, ge=1, le=64, description="API processes.")
     api_threads: int = Field(32, ge=2, le=1024, description="Threads of each API process.")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Largest JSON body of a request.")
@@ -86,38 +92,78 @@ class Settings(BaseSettings):
 
     # Tasks
     timeout_s: int = Field(900, ge=1, le=86_400, description="Rendering time of a task that names none.")
-    max_attempts: int = Field(3, ge=1, le=100, description="Attempts of a task that may end in a retryable error.")
-    max_lost: int = Field(3, ge=0, le=100, description="Attempts that may be lost with their worker before a task fails.")
+    max_attempts: int = Field(
+        3, ge=1, le=100, description="Attempts of a task that may end in a retryable error."
+    )
+    max_lost: int = Field(
+        3, ge=0, le=100, description="Attempts that may be lost with their worker before a task fails."
+    )
     idempotency_ttl_s: int = Field(86_400, ge=1, description="How long an Idempotency-Key is remembered.")
-    retention_days: float = Field(0, ge=0, description="Days after which final tasks and their outputs are deleted. 0: never.")
+    retention_days: float = Field(
+        0, ge=0, description="Days after which final tasks and their outputs are deleted. 0: never."
+    )
 
     # Workers
-    lease_s: float = Field(15, gt=0, description="How long a worker may run a task without renewing its lease.")
-    beat_s: float = Field(2, gt=0, description="How often leases are renewed; three missed beats of a vanished process end them.")
-    drain_s: float = Field(8, ge=0, description="How long a worker told to stop waits before it hands its tasks back.")
-    stall_s: float = Field(900, gt=0, description="How long a running prompt may go without progress before its server is cooled off.")
-    adopt_wait_s: float = Field(120, ge=0, description="How long a handed-back task waits for a worker of the server that has its prompt.")
-    store_timeout_s: float = Field(3600, gt=0, description="How long storing the outputs of one attempt may take.")
-    worker_concurrency: int = Field(0, ge=0, le=256, description="Slots of a worker. 0: two per ComfyUI server on `comfy`, else the number of cores.")
+    lease_s: float = Field(
+        15, gt=0, description="How long a worker may run a task without renewing its lease."
+    )
+    beat_s: float = Field(
+        2,
+        gt=0,
+        description="How often leases are renewed; three missed beats of a vanished process end them.",
+    )
+    drain_s: float = Field(
+        8, ge=0, description="How long a worker told to stop waits before it hands its tasks back."
+    )
+    stall_s: float = Field(
+        900,
+        gt=0,
+        description="How long a running prompt may go without progress before its server is cooled off.",
+    )
+    adopt_wait_s: float = Field(
+        120,
+        ge=0,
+        description="How long a handed-back task waits for a worker of the server that has its prompt.",
+    )
+    store_timeout_s: float = Field(
+        3600, gt=0, description="How long storing the outputs of one attempt may take."
+    )
+    worker_concurrency: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Slots of a worker. 0: two per ComfyUI server on `comfy`, else the number of cores.",
+    )
 
     # Storage
     storage: Literal["local", "s3"] = Field("local", description="Where outputs and assets are kept.")
-    s3_provider: S3Provider = Field("aws", description="Preset for the object store: `aws`, `oss` (Aliyun), `r2`, `gcs` or `minio` (any S3-compatible server).")
+    s3_provider: S3Provider = Field(
+        "aws",
+        description="Preset for the object store: `aws`, `oss` (Aliyun), `r2`, `gcs` or `minio` (any S3-compatible server).",
+    )
     s3_bucket: str = Field("", description="Bucket for outputs and assets.")
     s3_region: str = Field("", description="Region; for OSS like `cn-hangzhou`.")
     s3_endpoint_url: str = Field("", description="Endpoint. Empty: the provider's own for the region.")
-    s3_access_key_id: SecretStr = Field(SecretStr(""), description="Access key id. Empty: boto3's own search.")
+    s3_access_key_id: SecretStr = Field(
+        SecretStr(""), description="Access key id. Empty: boto3's own search."
+    )
     s3_secret_access_key: SecretStr = Field(SecretStr(""), description="Secret access key.")
     s3_prefix: str = Field("", description="Put before every key in the bucket.")
     s3_signature_version: str = Field("", description="`s3v4` or `s3`. Empty: the provider's default.")
-    s3_multipart_bytes: int = Field(16 * 2**20, ge=5 * 2**20, description="Files above this size are uploaded in parts.")
+    s3_multipart_bytes: int = Field(
+        16 * 2**20, ge=5 * 2**20, description="Files above this size are uploaded in parts."
+    )
     s3_presign_s: int = Field(3600, ge=1, le=604_800, description="How long a signed link works.")
 
     # Flower and logs
-    flower_host: str = Field("127.0.0.1", description="Address Flower listens on. Anything but loopback needs basic auth.")
+    flower_host: str = Field(
+        "127.0.0.1", description="Address Flower listens on. Anything but loopback needs basic auth."
+    )
     flower_port: int = Field(5555, ge=0, le=65535, description="Port of Flower.")
     flower_basic_auth: SecretStr = Field(SecretStr(""), description="`user:password` for Flower.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field("INFO", description="Least severe log line that is written.")
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
+        "INFO", description="Least severe log line that is written."
+    )
     log_format: Literal["console", "json"] = Field("console", description="How log lines look.")
 
     @classmethod

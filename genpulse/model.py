@@ -94,9 +94,7 @@ class AttemptOutcome(enum.StrEnum):
         return self in _LEAVES_PROMPT
 
 
-_LEAVES_PROMPT = frozenset(
-    {AttemptOutcome.STORAGE_FAILED, AttemptOutcome.LOST, AttemptOutcome.HANDED_BACK}
-)
+_LEAVES_PROMPT = frozenset({AttemptOutcome.STORAGE_FAILED, AttemptOutcome.LOST, AttemptOutcome.HANDED_BACK})
 
 
 class OutputKind(enum.StrEnum):

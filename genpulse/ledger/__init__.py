@@ -1,0 +1,31 @@
+"""
+The ledger: the tables that hold the truth about tasks, and every SQL statement.
+
+PostgreSQL for many machines, SQLite for one. A task is accepted when its row is committed, and
+final when one fenced ``UPDATE`` says so; everything in Redis can be rebuilt from here. The
+statements stand in chapters: :mod:`~genpulse.ledger.requests` (the API's), then
+:mod:`~genpulse.ledger.running` (the worker's), then :mod:`~genpulse.ledger.dispatching` (the
+relay's and the sweeper's).
+"""
+
+from genpulse.ledger.base import fork_lock
+from genpulse.ledger.dispatching import Dispatch
+from genpulse.ledger.ledger import Ledger
+from genpulse.ledger.requests import IdempotencyConflict, new_id
+from genpulse.ledger.running import Beat, StaleLease, Stray
+from genpulse.ledger.sessions import ProcessSession, SessionProbe
+from genpulse.ledger.tables import metadata
+
+__all__ = [
+    "Beat",
+    "Dispatch",
+    "IdempotencyConflict",
+    "Ledger",
+    "ProcessSession",
+    "SessionProbe",
+    "StaleLease",
+    "Stray",
+    "fork_lock",
+    "metadata",
+    "new_id",
+]

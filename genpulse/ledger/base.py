@@ -1,0 +1,198 @@
+"""
+Connections, transactions and the fork rule: what every statement of the ledger stands on.
+
+Two traps decide this module, both measured. A plain ``BEGIN`` on SQLite that later writes fails
+with "database is locked" at once, whatever ``busy_timeout`` says, so every transaction that may
+write begins with ``BEGIN IMMEDIATE``. And a thread that is inside SQLite while its process forks
+leaves the child locked for ever, so background work in a process that forks happens under
+:data:`fork_lock`, which a fork waits for.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.pool import NullPool
+
+from genpulse.errors import LedgerUnavailable
+
+__all__ = ["Base", "connect", "fork_lock"]
+
+T = TypeVar("T")
+
+READ_ONLY = {"genpulse_read_only": True}
+
+_CONNECT_POSTGRESQL = {
+    "connect_timeout": 3,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 8000,
+    "application_name": "genpulse",
+}
+_SQLITE_BUSY_S = 30.0
+# Fixed in 3.51.3 and in two back-ports: a race that can corrupt a database in WAL mode.
+_SQLITE_WAL_SAFE = ((3, 44, 6), (3, 50, 7), (3, 51, 3))
+
+
+class _ForkLock:
+    """
+    A lock that background threads hold while they speak to the ledger or to Redis.
+
+    ``os.register_at_fork`` takes it around each fork, so that the child starts with no thread of
+    its parent inside a library. The child gets a fresh lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        os.register_at_fork(
+            before=self._before, after_in_parent=self._after_in_parent, after_in_child=self._after_in_child
+        )
+
+    def _before(self) -> None:
+        self._lock.acquire()
+
+    def _after_in_parent(self) -> None:
+        self._lock.release()
+
+    def _after_in_child(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> Self:
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._lock.release()
+
+
+fork_lock = _ForkLock()
+
+
+def connect(url: str, *, pool_size: int = 0, server_settings: bool = True) -> sa.Engine:
+    """
+    Make an engine for a ledger's database. Nothing is connected yet.
+
+    Args:
+        url: ``postgresql+psycopg2://…`` or ``sqlite:///file``; a missing folder is made.
+        pool_size: Connections kept open. 0 opens and closes one for each transaction, which is
+            what a process that forks must do: nothing is there to be inherited.
+        server_settings: Send time-outs when connecting. A transaction pooler refuses them.
+    """
+    parsed = sa.make_url(url)
+    pool: dict[str, Any] = (
+        {"pool_size": pool_size, "max_overflow": 4 * pool_size, "pool_timeout": 5}
+        if pool_size
+        else {"poolclass": NullPool}
+    )
+    if parsed.get_backend_name() == "sqlite":
+        if parsed.database:
+            Path(parsed.database).parent.mkdir(parents=True, exist_ok=True)
+        engine = sa.create_engine(parsed, connect_args={"timeout": _SQLITE_BUSY_S}, **pool)
+        sa.event.listen(engine, "connect", _prepare_sqlite)
+        sa.event.listen(engine, "begin", _begin_sqlite)
+        return engine
+    arguments: dict[str, Any] = dict(_CONNECT_POSTGRESQL)
+    if server_settings:
+        arguments["options"] = "-c statement_timeout=15000 -c lock_timeout=10000 -c timezone=UTC"
+    return sa.create_engine(parsed, connect_args=arguments, **pool)
+
+
+def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
+    connection.isolation_level = None  # the driver's own BEGIN comes too late
+    safe = any(
+        sqlite3.sqlite_version_info[:2] == version[:2] and sqlite3.sqlite_version_info >= version
+        for version in _SQLITE_WAL_SAFE
+    )
+    journal = "WAL" if safe or sqlite3.sqlite_version_info >= max(_SQLITE_WAL_SAFE) else "TRUNCATE"
+    for pragma in (
+        f"busy_timeout={int(_SQLITE_BUSY_S * 1000)}",
+        f"journal_mode={journal}",
+        "foreign_keys=ON",
+    ):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    read_only = connection.get_execution_options().get("genpulse_read_only", False)
+    connection.exec_driver_sql("BEGIN" if read_only else "BEGIN IMMEDIATE")
+
+
+class Base:
+    """One engine, and transactions on it whose failures are ours."""
+
+    def __init__(self, engine: sa.Engine) -> None:
+        self.engine = engine
+        self.is_postgresql = engine.dialect.name == "postgresql"
+        self._insert: Callable[[sa.Table], Any] = (
+            postgresql.insert
+            if self.is_postgresql
+            else sqlite.insert  # ON CONFLICT is spelled by the dialect
+        )
+
+    @classmethod
+    def connect(cls, url: str, *, pool_size: int = 0, server_settings: bool = True) -> Self:
+        """Open a ledger by URL; see :func:`connect`."""
+        return cls(connect(url, pool_size=pool_size, server_settings=server_settings))
+
+    def close(self) -> None:
+        """Close the connections that are kept."""
+        self.engine.dispose()
+
+    def ping(self) -> None:
+        """
+        Ask the database for its tables.
+
+        Raises:
+            LedgerUnavailable: It did not answer, or the migrations were not run.
+        """
+        self._read(lambda connection: connection.execute(sa.text("SELECT 1 FROM tasks LIMIT 1")).all())
+
+    def _read(self, work: Callable[[sa.Connection], T]) -> T:
+        """Run *work* in a transaction that only reads."""
+        return self._transact(work, READ_ONLY)
+
+    def _write(self, work: Callable[[sa.Connection], T]) -> T:
+        """
+        Run *work* in a transaction that may write.
+
+        A connection that turns out dead before the commit is replaced once, because nothing was
+        done on it yet; a commit whose answer was lost raises, and its caller reads back.
+        """
+        return self._transact(work, {})
+
+    def _transact(self, work: Callable[[sa.Connection], T], options: dict[str, Any]) -> T:
+        for last in (False, True):
+            committing = False
+            try:
+                with self.engine.connect().execution_options(**options) as connection:
+                    with connection.begin():
+                        result = work(connection)
+                        committing = True
+                    return result
+            except sa.exc.DBAPIError as error:
+                if error.connection_invalidated and not committing and not last:
+                    continue
+                if isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.InternalError):
+                    raise LedgerUnavailable(_reason(error)) from error
+                if error.connection_invalidated:
+                    raise LedgerUnavailable(_reason(error)) from error
+                if isinstance(error, sa.exc.ProgrammingError):  # tables are missing: not migrated yet
+                    raise LedgerUnavailable(_reason(error)) from error
+                raise
+            except sa.exc.TimeoutError as error:
+                msg = "no database connection became free"
+                raise LedgerUnavailable(msg) from error
+        raise AssertionError  # the loop returns or raises
+
+
+def _reason(error: sa.exc.DBAPIError) -> str:
+    """The first line of the driver's words; statement and parameters stay out of it."""
+    return str(error.orig).strip().partition("\n")[0] or type(error.orig).__name__

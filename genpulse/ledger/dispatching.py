@@ -1,0 +1,313 @@
+"""
+What the relay and the sweeper ask: which tasks go to the broker, what it lost, who is alive.
+
+No transaction is open while Redis is spoken to. Rows are taken with one short UPDATE; a batch that
+Redis did not take is put back, and one whose relay died is found by :meth:`Dispatching.overdue`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from genpulse.ledger import tables as t
+from genpulse.ledger.running import Running
+from genpulse.ledger.types import after, now
+from genpulse.model import ErrorInfo, TaskStatus, WorkerInfo
+
+__all__ = ["Dispatch", "Dispatching"]
+
+EXPIRED = ErrorInfo(code="expired", message="The task was not started before its expiry time.")
+
+_MAX_BATCH = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """A task taken out of the outbox, to be sent to the broker."""
+
+    task_id: str
+    task_type: str
+    queue: str
+    priority: int
+    dispatched_at: dt.datetime
+    server: str | None = None
+    """The server it is bound to; the message goes to that server's own queue."""
+
+
+class Dispatching(Running):
+    """The statements of the relay and the sweeper about the outbox and the workers."""
+
+    def waiting(self) -> dict[str, list[int]]:
+        """Which priorities of which queues have tasks in the outbox that may go now."""
+        task = t.tasks.c
+        query = (
+            sa.select(task.queue, task.priority)
+            .where(
+                task.status == TaskStatus.PENDING,
+                task.dispatched_at.is_(None),
+                task.bound_server.is_(None),
+                task.available_at <= now(),
+            )
+            .group_by(task.queue, task.priority)
+        )
+        found: dict[str, list[int]] = {}
+        for queue, priority in self._read(lambda connection: connection.execute(query).all()):
+            found.setdefault(queue, []).append(priority)
+        return found
+
+    def runway(self) -> dict[str, dict[int, int]]:
+        """How many waiting messages each queue has in the broker, by priority."""
+        task = t.tasks.c
+        query = (
+            sa.select(task.queue, task.priority, sa.func.count())
+            .where(
+                task.status == TaskStatus.PENDING,
+                task.dispatched_at.is_not(None),
+                task.bound_server.is_(None),
+            )
+            .group_by(task.queue, task.priority)
+        )
+        found: dict[str, dict[int, int]] = {}
+        for queue, priority, number in self._read(lambda connection: connection.execute(query).all()):
+            found.setdefault(queue, {})[priority] = number
+        return found
+
+    def take(self, queue: str, priority: int, limit: int) -> list[Dispatch]:
+        """Take the oldest tasks of one priority out of the outbox. Two relays never take the same."""
+        task = t.tasks.c
+        oldest = (
+            sa.select(task.id)
+            .where(
+                task.status == TaskStatus.PENDING,
+                task.queue == queue,
+                task.priority == priority,
+                task.dispatched_at.is_(None),
+                task.bound_server.is_(None),
+                task.available_at <= now(),
+            )
+            .order_by(task.created_at, task.id)
+            .limit(min(limit, _MAX_BATCH))
+            .with_for_update(skip_locked=True)
+        )
+        return self._take(oldest)
+
+    def take_bound(self, servers: Collection[str]) -> list[Dispatch]:
+        """Take tasks that are bound to one of these servers, the ones that live workers serve."""
+        if not servers:
+            return []
+        task = t.tasks.c
+        bound = (
+            sa.select(task.id)
+            .where(
+                task.status == TaskStatus.PENDING,
+                task.dispatched_at.is_(None),
+                task.bound_server.in_(list(servers)),
+                task.available_at <= now(),
+            )
+            .order_by(task.priority, task.created_at)
+            .limit(_MAX_BATCH)
+            .with_for_update(skip_locked=True)
+        )
+        return self._take(bound)
+
+    def _take(self, chosen: sa.Select[tuple[str]]) -> list[Dispatch]:
+        task = t.tasks.c
+        statement = (
+            sa.update(t.tasks)
+            .where(task.id.in_(chosen), task.status == TaskStatus.PENDING, task.dispatched_at.is_(None))
+            .values(dispatched_at=now())
+            .returning(
+                task.id,
+                task.task_type,
+                task.queue,
+                task.priority,
+                task.dispatched_at,
+                task.bound_server,
+                task.created_at,
+            )
+        )
+        rows = self._write(lambda connection: connection.execute(statement).all())
+        rows = sorted(rows, key=lambda row: (row.priority, row.created_at, row.id))
+        return [
+            Dispatch(row.id, row.task_type, row.queue, row.priority, row.dispatched_at, row.bound_server)
+            for row in rows
+        ]
+
+    def put_back(self, dispatches: Sequence[Dispatch]) -> int:
+        """Return tasks to the outbox whose message the broker did not take, or lost."""
+        task = t.tasks.c
+
+        def undo(connection: sa.Connection) -> int:
+            return sum(
+                connection.execute(
+                    sa.update(t.tasks)
+                    .where(
+                        task.id == each.task_id,
+                        task.status == TaskStatus.PENDING,
+                        task.dispatched_at == each.dispatched_at,
+                    )
+                    .values(dispatched_at=None)
+                ).rowcount
+                for each in dispatches
+            )
+
+        return self._write(undo) if dispatches else 0
+
+    def overdue(self, older_than_s: float) -> list[Dispatch]:
+        """Tasks that were sent to the broker so long ago and are not claimed yet."""
+        task = t.tasks.c
+        query = (
+            sa.select(
+                task.id, task.task_type, task.queue, task.priority, task.dispatched_at, task.bound_server
+            )
+            .where(task.status == TaskStatus.PENDING, task.dispatched_at <= after(-older_than_s))
+            .order_by(task.dispatched_at)
+            .limit(5000)
+        )
+        rows = self._read(lambda connection: connection.execute(query).all())
+        return [Dispatch(*row) for row in rows]
+
+    def expire(self) -> int:
+        """Fail tasks that were not started before their expiry time. Returns how many."""
+        task = t.tasks.c
+        statement = (
+            sa.update(t.tasks)
+            .where(
+                task.status == TaskStatus.PENDING,
+                task.attempt == 0,
+                task.expires_at.is_not(None),
+                task.expires_at <= now(),
+            )
+            .values(
+                status=TaskStatus.FAILED,
+                completed_at=now(),
+                updated_at=now(),
+                error=EXPIRED.as_dict(),
+            )
+        )
+        due = sa.select(sa.literal(1)).where(
+            task.status == TaskStatus.PENDING, task.attempt == 0, task.expires_at <= now()
+        )
+        if self._read(lambda connection: connection.execute(due.limit(1)).first()) is None:
+            return 0
+        return self._write(lambda connection: connection.execute(statement).rowcount)
+
+    def release_bindings(self, live_servers: Collection[str]) -> int:
+        """Free tasks bound to a server that no live worker serves, once they have waited long enough."""
+        task = t.tasks.c
+        condition = (
+            task.status == TaskStatus.PENDING,
+            task.bound_server.is_not(None),
+            task.bound_server.not_in(list(live_servers)),
+            sa.or_(task.bound_until.is_(None), task.bound_until <= now()),
+        )
+        found = sa.select(sa.literal(1)).where(*condition).limit(1)
+        if self._read(lambda connection: connection.execute(found).first()) is None:
+            return 0
+        statement = (
+            sa.update(t.tasks)
+            .where(*condition)
+            .values(bound_server=None, bound_until=None, dispatched_at=None, updated_at=now())
+        )
+        return self._write(lambda connection: connection.execute(statement).rowcount)
+
+    def forget_expired_keys(self) -> int:
+        """Drop idempotency keys that are past their time, in a bounded batch."""
+        key = t.idempotency_keys.c
+        old = sa.select(key.owner, key.key).where(key.expires_at <= now()).limit(1000)
+        rows = self._read(lambda connection: connection.execute(old).all())
+        if not rows:
+            return 0
+
+        def drop(connection: sa.Connection) -> int:
+            return sum(
+                connection.execute(
+                    sa.delete(t.idempotency_keys).where(
+                        key.owner == row.owner, key.key == row.key, key.expires_at <= now()
+                    )
+                ).rowcount
+                for row in rows
+            )
+
+        return self._write(drop)
+
+    # -- workers ------------------------------------------------------------------------------
+
+    def register_worker(  # noqa: PLR0913  # the columns of one row
+        self,
+        *,
+        name: str,
+        host: str,
+        pid: int,
+        queues: Sequence[str],
+        servers: Sequence[Mapping[str, Any]],
+        slots: int,
+        consuming: bool,
+        session_key: int,
+        version: str,
+    ) -> None:
+        """Write or refresh a worker's row; the time of the call is its heartbeat."""
+        values = {
+            "host": host,
+            "pid": pid,
+            "queues": list(queues),
+            "servers": [dict(server) for server in servers],
+            "slots": slots,
+            "consuming": consuming,
+            "session_key": session_key,
+            "version": version,
+            "seen_at": now(),
+        }
+        insert = self._insert(t.workers).values(name=name, started_at=now(), **values)
+        # A restarted process of the same name starts anew; a heartbeat keeps the time of its start.
+        started = sa.case((t.workers.c.session_key == session_key, t.workers.c.started_at), else_=now())
+        statement = insert.on_conflict_do_update(
+            index_elements=["name"], set_={**values, "started_at": started}
+        )
+        self._write(lambda connection: connection.execute(statement))
+
+    def forget_worker(self, name: str, session_key: int | None = None) -> None:
+        """Drop the row of a worker that stopped in order, or is long gone."""
+        statement = sa.delete(t.workers).where(t.workers.c.name == name)
+        if session_key is not None:
+            statement = statement.where(t.workers.c.session_key == session_key)
+        self._write(lambda connection: connection.execute(statement))
+
+    def workers(self, seen_within_s: float = 15.0) -> list[WorkerInfo]:
+        """Workers whose heartbeat is this fresh."""
+        return [info for info, _ in self.workers_with_sessions(seen_within_s)]
+
+    def workers_with_sessions(self, seen_within_s: float = 15.0) -> list[tuple[WorkerInfo, int]]:
+        """As :meth:`workers`, with the key that each process holds while it lives."""
+        query = (
+            sa.select(t.workers).where(t.workers.c.seen_at > after(-seen_within_s)).order_by(t.workers.c.name)
+        )
+        rows = self._read(lambda connection: connection.execute(query).mappings().all())
+        return [
+            (
+                WorkerInfo(
+                    name=row["name"],
+                    host=row["host"],
+                    pid=row["pid"],
+                    queues=tuple(row["queues"]),
+                    servers=tuple(row["servers"]),
+                    slots=row["slots"],
+                    consuming=bool(row["consuming"]),
+                    version=row["version"],
+                    started_at=row["started_at"],
+                    seen_at=row["seen_at"],
+                ),
+                int(row["session_key"]),
+            )
+            for row in rows
+        ]
+
+    def forget_old_workers(self, older_than_s: float = 3600.0) -> int:
+        """Drop the rows of workers that vanished long ago."""
+        statement = sa.delete(t.workers).where(t.workers.c.seen_at < after(-older_than_s))
+        return self._write(lambda connection: connection.execute(statement).rowcount)

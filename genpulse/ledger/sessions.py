@@ -1,0 +1,179 @@
+"""
+How others know at once that a process is dead: it holds something that dies with it.
+
+On PostgreSQL that is a session advisory lock: ``kill -9`` closes the connection, and the server
+frees the lock. On SQLite it is an ``flock`` on a file beside the database: the kernel frees it.
+A process that is merely cut off looks dead as well, which is why the lock alone decides nothing:
+the sweeper also wants three missed beats, and the fence keeps a wrongly reaped one's writes out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import select
+import weakref
+from collections.abc import Collection
+from pathlib import Path
+
+import sqlalchemy as sa
+
+from genpulse.errors import LedgerUnavailable
+from genpulse.ledger.ledger import Ledger
+
+__all__ = ["ProcessSession", "SessionProbe"]
+
+
+def _folder(ledger: Ledger) -> Path:
+    return Path(f"{ledger.engine.url.database}.sessions")
+
+
+_sessions: weakref.WeakSet[ProcessSession] = weakref.WeakSet()
+_abandoned: list[object] = []  # kept, so that no destructor runs on a parent's connection
+
+
+def _abandon_all() -> None:
+    for session in list(_sessions):
+        session.abandon()
+    _sessions.clear()
+
+
+os.register_at_fork(after_in_child=_abandon_all)
+
+
+class ProcessSession:
+    """
+    What one process holds while it lives, and, on PostgreSQL, hears notifications on.
+
+    Not for sharing between threads, and never across a fork: make it in the process it stands for.
+    """
+
+    def __init__(self, ledger: Ledger, direct_url: str | None = None) -> None:
+        self.key = secrets.randbits(62)
+        """Written beside every lease and worker row of this process."""
+        self._ledger = ledger
+        # Its own engine: behind a transaction pooler a session lock needs the direct address.
+        self._direct = Ledger.connect(direct_url) if direct_url else ledger
+        self._connection: sa.PoolProxiedConnection | None = None
+        self._file: int | None = None
+        _sessions.add(self)
+
+    def abandon(self) -> None:
+        """
+        In a forked child: close the copies of the parent's descriptors and nothing else.
+
+        A copy would keep the lock after the parent's death. Neither library may be told, for it
+        would say good-bye to the server in the parent's name.
+        """
+        if self._connection is not None and self._connection.dbapi_connection is not None:
+            with contextlib.suppress(Exception):
+                os.close(self._connection.dbapi_connection.fileno())  # type: ignore[attr-defined]  # psycopg2's own
+            _abandoned.append(self._connection)
+            self._connection = None
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+    def hold(self) -> None:
+        """
+        Take the lock, or make sure that it is still held; cheap to repeat with every beat.
+
+        Raises:
+            LedgerUnavailable: It could not be taken now. Leases still work, only slower to reap.
+        """
+        if self._ledger.is_postgresql:
+            self._hold_connection()
+        elif self._file is None:
+            folder = _folder(self._ledger)
+            folder.mkdir(exist_ok=True)
+            self._file = os.open(folder / str(self.key), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+
+    def _hold_connection(self) -> None:
+        try:
+            if self._connection is None:
+                self._connection = self._direct.engine.raw_connection()
+                self._connection.dbapi_connection.autocommit = True  # type: ignore[union-attr]  # psycopg2's own
+                with contextlib.closing(self._connection.cursor()) as cursor:
+                    cursor.execute("SELECT pg_try_advisory_lock(%s)", (self.key,))
+                    cursor.execute("LISTEN genpulse")
+            else:
+                with contextlib.closing(self._connection.cursor()) as cursor:
+                    cursor.execute("SELECT 1")
+        except Exception as error:
+            self._drop_connection()
+            # The driver raises its own and SQLAlchemy's classes; every one of them means "not now".
+            raise LedgerUnavailable(str(error).partition("\n")[0]) from error
+
+    def _drop_connection(self) -> None:
+        if self._connection is not None:
+            with contextlib.suppress(Exception):  # it is broken already
+                self._connection.invalidate()
+            self._connection = None
+
+    def wait(self, timeout_s: float, waker: int) -> list[str]:
+        """
+        Sleep until *waker* (a file descriptor) becomes readable, a notification comes, or time is up.
+
+        Returns:
+            The words of the notifications, for example ``cancel`` or ``task``.
+        """
+        connection = self._connection.dbapi_connection if self._connection is not None else None
+        watched: list[int] = [waker]
+        if connection is not None:
+            watched.append(connection.fileno())  # type: ignore[attr-defined]  # psycopg2's own
+        readable, _, _ = select.select(watched, [], [], max(0.0, timeout_s))
+        if connection is None or len(readable) == 0 or readable == [waker]:
+            return []
+        try:
+            connection.poll()  # type: ignore[attr-defined]  # psycopg2's own
+            notes = [note.payload for note in connection.notifies]  # type: ignore[attr-defined]  # psycopg2's own
+            connection.notifies.clear()  # type: ignore[attr-defined]  # psycopg2's own
+        except Exception:  # noqa: BLE001  # the server closed the connection; the next hold() opens another
+            self._drop_connection()
+            return []
+        return notes
+
+    def release(self) -> None:
+        """Let go, so that nobody waits for this process any more."""
+        self._drop_connection()
+        if self._file is not None:
+            (_folder(self._ledger) / str(self.key)).unlink(missing_ok=True)
+            os.close(self._file)
+            self._file = None
+
+
+class SessionProbe:
+    """Asks which processes still hold their session."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
+
+    def alive(self, keys: Collection[int]) -> set[int]:
+        """The keys among *keys* whose process lives. A session that was never taken counts as dead."""
+        if self._ledger.is_postgresql:
+            return self._ledger.sessions_alive(keys)
+        return {key for key in keys if self._file_is_held(key)}
+
+    def _file_is_held(self, key: int) -> bool:
+        try:
+            file = os.open(_folder(self._ledger) / str(key), os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+        return False
+
+    def collect(self) -> None:
+        """Remove the files of dead processes (SQLite only)."""
+        if self._ledger.is_postgresql:
+            return
+        for path in _folder(self._ledger).glob("[0-9]*"):
+            if not self._file_is_held(int(path.name)):
+                path.unlink(missing_ok=True)

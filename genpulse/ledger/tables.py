@@ -1,0 +1,278 @@
+"""
+The ledger's tables, and the triggers that hold what no statement may break.
+
+The task row is its own outbox (``dispatched_at IS NULL``). Rows that change every two seconds
+(leases) are narrow and apart from the wide, seldom-changed tasks. Indexes that hot queries use are
+partial, over live rows only, so that their cost does not grow with history.
+
+The migrations in ``migrations/`` build exactly this; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import sqlalchemy as sa
+
+from genpulse.ledger.types import Timestamp
+
+__all__ = [
+    "TRIGGERS",
+    "assets",
+    "attempts",
+    "idempotency_keys",
+    "leases",
+    "metadata",
+    "outputs",
+    "strays",
+    "tasks",
+    "workers",
+]
+
+metadata = sa.MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "ck": "ck_%(table_name)s_%(constraint_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+_Id = sa.Uuid(as_uuid=False)
+
+
+def _live(condition: str) -> dict[str, sa.TextClause]:
+    """A partial index, spelled once for both databases."""
+    return {"postgresql_where": sa.text(condition), "sqlite_where": sa.text(condition)}
+
+
+tasks = sa.Table(
+    "tasks",
+    metadata,
+    sa.Column("id", _Id, primary_key=True),
+    sa.Column("owner", sa.String(200), nullable=False),
+    sa.Column("task_type", sa.String(100), nullable=False),
+    sa.Column("queue", sa.String(100), nullable=False),
+    sa.Column("priority", sa.SmallInteger, nullable=False),
+    sa.Column("status", sa.String(20), nullable=False),
+    sa.Column("params", sa.JSON, nullable=False),
+    sa.Column("metadata", sa.JSON, nullable=False),
+    sa.Column("callback_url", sa.Text),
+    sa.Column("retry_of", _Id),
+    sa.Column("timeout_s", sa.Integer, nullable=False),
+    sa.Column("max_attempts", sa.Integer, nullable=False),
+    sa.Column("attempt", sa.Integer, nullable=False, server_default="0"),
+    # The random half of the fence: after a fail-over of the database a number can be given twice.
+    sa.Column("claim", sa.String(40)),
+    sa.Column("failures", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("losses", sa.Integer, nullable=False, server_default="0"),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column("updated_at", Timestamp, nullable=False),
+    sa.Column("available_at", Timestamp, nullable=False),
+    sa.Column("expires_at", Timestamp),
+    sa.Column("dispatched_at", Timestamp),
+    sa.Column("started_at", Timestamp),
+    sa.Column("completed_at", Timestamp),
+    sa.Column("cancel_requested_at", Timestamp),
+    sa.Column("deadline_at", Timestamp),
+    sa.Column("bound_server", sa.String(200)),
+    sa.Column("bound_until", Timestamp),
+    sa.Column("error", sa.JSON),
+    sa.Column("run_s", sa.Float),
+    sa.Column("store_s", sa.Float),
+    sa.CheckConstraint(
+        "status IN ('pending', 'processing', 'completed', 'failed', 'canceled')", name="status"
+    ),
+    sa.CheckConstraint(
+        "(status IN ('completed', 'failed', 'canceled')) = (completed_at IS NOT NULL)", name="final_has_end"
+    ),
+    sa.Index("ix_tasks_owner_id", "owner", "id"),
+    sa.Index(
+        "ix_tasks_outbox",
+        "queue",
+        "priority",
+        "created_at",
+        **_live("status = 'pending'"),
+    ),
+    sa.Index("ix_tasks_live", "queue", "status", **_live("completed_at IS NULL")),
+    sa.Index(
+        "ix_tasks_runway",
+        "queue",
+        "dispatched_at",
+        **_live("status = 'pending' AND dispatched_at IS NOT NULL"),
+    ),
+    sa.Index("ix_tasks_bound", "bound_server", **_live("status = 'pending' AND bound_server IS NOT NULL")),
+    sa.Index("ix_tasks_expiry", "expires_at", **_live("status = 'pending' AND expires_at IS NOT NULL")),
+    sa.Index("ix_tasks_ended", "completed_at", **_live("completed_at IS NOT NULL")),
+)
+
+attempts = sa.Table(
+    "attempts",
+    metadata,
+    sa.Column("task_id", _Id, sa.ForeignKey("tasks.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("claim", sa.String(40), nullable=False),
+    sa.Column("worker", sa.String(200), nullable=False),
+    sa.Column("server", sa.String(200)),
+    sa.Column("prompt_id", _Id),
+    sa.Column("client_id", sa.String(100)),
+    sa.Column("started_at", Timestamp, nullable=False),
+    sa.Column("submitted_at", Timestamp),
+    sa.Column("rendered_at", Timestamp),
+    sa.Column("ended_at", Timestamp),
+    sa.Column("outcome", sa.String(20)),
+    sa.Column("error", sa.JSON),
+    sa.Index("ix_attempts_running", "server", **_live("ended_at IS NULL AND server IS NOT NULL")),
+)
+
+leases = sa.Table(
+    "leases",
+    metadata,
+    sa.Column("task_id", _Id, sa.ForeignKey("tasks.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("claim", sa.String(40), nullable=False, unique=True),
+    sa.Column("worker", sa.String(200), nullable=False),
+    sa.Column("session_key", sa.BigInteger, nullable=False),
+    sa.Column("renewed_at", Timestamp, nullable=False),
+    sa.Column("expires_at", Timestamp, nullable=False),
+    sa.Column("deadline_at", Timestamp),
+    sa.Column("cancel_requested", sa.Boolean(create_constraint=False), nullable=False),
+    postgresql_with={"fillfactor": "50"},
+)
+
+strays = sa.Table(
+    "strays",
+    metadata,
+    sa.Column("server", sa.String(200), primary_key=True),
+    sa.Column("prompt_id", _Id, primary_key=True),
+    sa.Column("task_id", _Id, sa.ForeignKey("tasks.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("since", Timestamp, nullable=False),
+)
+
+outputs = sa.Table(
+    "outputs",
+    metadata,
+    sa.Column("task_id", _Id, sa.ForeignKey("tasks.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("index", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("attempt", sa.Integer, nullable=False),
+    sa.Column("node_id", sa.String(200), nullable=False),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("kind", sa.String(20), nullable=False),
+    sa.Column("content_type", sa.String(200), nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("width", sa.Integer),
+    sa.Column("height", sa.Integer),
+    sa.Column("key", sa.Text, nullable=False, index=True),
+)
+
+assets = sa.Table(
+    "assets",
+    metadata,
+    sa.Column("id", _Id, primary_key=True),
+    sa.Column("owner", sa.String(200), nullable=False),
+    sa.Column("key", sa.Text, nullable=False, index=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("content_type", sa.String(200), nullable=False),
+    sa.Column("size_bytes", sa.BigInteger, nullable=False),
+    sa.Column("sha256", sa.String(64), nullable=False),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.Index("ix_assets_owner_id", "owner", "id"),
+)
+
+idempotency_keys = sa.Table(
+    "idempotency_keys",
+    metadata,
+    sa.Column("owner", sa.String(200), primary_key=True),
+    sa.Column("key", sa.String(255), primary_key=True),
+    sa.Column("body_hash", sa.String(64), nullable=False),
+    sa.Column("task_id", _Id, sa.ForeignKey("tasks.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("expires_at", Timestamp, nullable=False, index=True),
+)
+
+workers = sa.Table(
+    "workers",
+    metadata,
+    sa.Column("name", sa.String(200), primary_key=True),
+    sa.Column("host", sa.String(200), nullable=False),
+    sa.Column("pid", sa.Integer, nullable=False),
+    sa.Column("queues", sa.JSON, nullable=False),
+    sa.Column("servers", sa.JSON, nullable=False),
+    sa.Column("slots", sa.Integer, nullable=False),
+    sa.Column("consuming", sa.Boolean(create_constraint=False), nullable=False),
+    sa.Column("session_key", sa.BigInteger, nullable=False),
+    sa.Column("version", sa.String(40), nullable=False),
+    sa.Column("started_at", Timestamp, nullable=False),
+    sa.Column("seen_at", Timestamp, nullable=False, index=True),
+)
+
+# Belt and braces: whatever a statement says, no row leaves a final state, no attempt number falls.
+TRIGGERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "postgresql": (
+        (
+            """
+            CREATE FUNCTION genpulse_guard_task() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+              IF OLD.status IN ('completed', 'failed', 'canceled')
+                 AND (NEW.status, NEW.attempt, NEW.error::text, NEW.completed_at)
+                     IS DISTINCT FROM (OLD.status, OLD.attempt, OLD.error::text, OLD.completed_at) THEN
+                RAISE EXCEPTION 'task % is final (%)', OLD.id, OLD.status
+                  USING ERRCODE = 'integrity_constraint_violation';
+              END IF;
+              IF NEW.attempt < OLD.attempt THEN
+                RAISE EXCEPTION 'the attempt of task % cannot fall', OLD.id
+                  USING ERRCODE = 'integrity_constraint_violation';
+              END IF;
+              RETURN NEW;
+            END $$
+            """,
+            """
+            CREATE TRIGGER genpulse_guard_task BEFORE UPDATE ON tasks
+              FOR EACH ROW EXECUTE FUNCTION genpulse_guard_task()
+            """,
+            """
+            CREATE FUNCTION genpulse_guard_attempt() RETURNS trigger LANGUAGE plpgsql AS $$
+            BEGIN
+              RAISE EXCEPTION 'attempt % of task % has ended', OLD.number, OLD.task_id
+                USING ERRCODE = 'integrity_constraint_violation';
+            END $$
+            """,
+            """
+            CREATE TRIGGER genpulse_guard_attempt BEFORE UPDATE ON attempts
+              FOR EACH ROW WHEN (OLD.ended_at IS NOT NULL) EXECUTE FUNCTION genpulse_guard_attempt()
+            """,
+        ),
+        (
+            "DROP TRIGGER genpulse_guard_attempt ON attempts",
+            "DROP FUNCTION genpulse_guard_attempt()",
+            "DROP TRIGGER genpulse_guard_task ON tasks",
+            "DROP FUNCTION genpulse_guard_task()",
+        ),
+    ),
+    "sqlite": (
+        (
+            """
+            CREATE TRIGGER genpulse_guard_task_final BEFORE UPDATE ON tasks
+            WHEN OLD.status IN ('completed', 'failed', 'canceled')
+              AND (NEW.status IS NOT OLD.status OR NEW.attempt IS NOT OLD.attempt
+                   OR NEW.error IS NOT OLD.error OR NEW.completed_at IS NOT OLD.completed_at)
+            BEGIN SELECT RAISE(ABORT, 'the task is final'); END
+            """,
+            """
+            CREATE TRIGGER genpulse_guard_task_attempt BEFORE UPDATE ON tasks
+            WHEN NEW.attempt < OLD.attempt
+            BEGIN SELECT RAISE(ABORT, 'the attempt of a task cannot fall'); END
+            """,
+            """
+            CREATE TRIGGER genpulse_guard_attempt BEFORE UPDATE ON attempts
+            WHEN OLD.ended_at IS NOT NULL
+            BEGIN SELECT RAISE(ABORT, 'the attempt has ended'); END
+            """,
+        ),
+        (
+            "DROP TRIGGER genpulse_guard_attempt",
+            "DROP TRIGGER genpulse_guard_task_attempt",
+            "DROP TRIGGER genpulse_guard_task_final",
+        ),
+    ),
+}
