@@ -87,6 +87,9 @@ def connect(url: str, *, pool_size: int = 0, server_settings: bool = True) -> sa
         server_settings: Send time-outs when connecting. A transaction pooler refuses them.
     """
     parsed = sa.make_url(url)
+    if parsed.drivername in {"postgres", "postgresql"}:
+        # SQLAlchemy 2.1 reads the bare name as psycopg 3, which we do not ship.
+        parsed = parsed.set(drivername="postgresql+psycopg2")
     pool: dict[str, Any] = (
         {"pool_size": pool_size, "max_overflow": 4 * pool_size, "pool_timeout": 5}
         if pool_size
