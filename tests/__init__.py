@@ -1,0 +1,1 @@
+"""The tests of GenPulse; ``tests/support`` is what several of them share."""
