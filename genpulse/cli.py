@@ -1,0 +1,604 @@
+"""
+The command line: ``genpulse start-all``, ``genpulse submit``, …
+
+The ``start-…`` commands replace this process by the real program (gunicorn, Celery), so that
+signals and exit codes are its own. What a command needs is imported inside it: ``--help`` must not
+pay for a database driver. Results go to standard output, everything else to standard error.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from genpulse import __version__
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from genpulse.client import Client
+    from genpulse.config import Settings
+
+__all__ = ["Exit", "cli", "main"]
+
+
+class Exit(enum.IntEnum):
+    """What the shell learns; the group's help text says the same."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+    UNREACHABLE = 3
+    TIMEOUT = 4
+    REFUSED = 5
+    INTERRUPTED = 130
+
+
+class Failure(click.ClickException):
+    """One line on standard error and an exit code."""
+
+    def __init__(self, message: str, code: Exit) -> None:
+        super().__init__(message)
+        vars(self)["exit_code"] = int(code)  # click declares it as the class's
+
+
+class _Group(click.Group):
+    """Turns Ctrl-C into exit code 130 and the errors we expect into one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("interrupted", err=True)
+            raise click.exceptions.Exit(Exit.INTERRUPTED) from None
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Settings come from GENPULSE_… variables and a .env file; an option wins over both.",
+)
+@click.version_option(__version__, prog_name="genpulse")
+def cli() -> None:
+    """
+    GenPulse: a durable task service in front of ComfyUI.
+
+    \b
+    Exit codes:
+      0    it worked
+      1    the task failed or was canceled, or a check found something wrong
+      2    wrong usage or a wrong setting
+      3    a service (API, database, broker) cannot be reached
+      4    not ready in time; a task that was waited for goes on
+      5    the API refused the request
+      130  Ctrl-C
+    """
+
+
+def main() -> NoReturn:
+    """The console script ``genpulse`` and ``python -m genpulse``."""
+    cli(prog_name="genpulse")
+    raise AssertionError  # click has left by SystemExit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The programs of a deployment
+
+
+@cli.command("start-api")
+@click.option("--host", help="Address to listen on; anything but loopback needs an API key.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.")
+@click.option("--workers", type=click.IntRange(1, 64), help="API processes.")
+def start_api(host: str | None, port: int | None, workers: int | None) -> None:
+    """Serve the HTTP API with gunicorn; it also runs the relay and a sweeper."""
+    settings(host=host, port=port, api_workers=workers)
+    execute("gunicorn", "--config", "python:genpulse.web.gunicorn_conf", "genpulse.web:create_app()")
+
+
+@cli.command("start-worker", context_settings={"ignore_unknown_options": True})
+@click.option(
+    "-Q", "--queues", help="Queues to serve, separated by commas.  [default: all; comfy only with a server]"
+)
+@click.option("-n", "--name", help="Celery node name, like gpu1@%h.")
+@click.option("-c", "--concurrency", type=click.IntRange(1, 256), help="Slots.  [default: by queue]")
+@click.option("--comfy", "comfy_urls", help="ComfyUI servers, name=url separated by commas.")
+@click.argument("celery_options", nargs=-1, type=click.UNPROCESSED)
+def start_worker(
+    queues: str | None,
+    name: str | None,
+    concurrency: int | None,
+    comfy_urls: str | None,
+    celery_options: tuple[str, ...],
+) -> None:
+    """
+    Run a Celery worker.
+
+    The same as `celery -A genpulse worker -Q …`; what stands behind `--` is handed on to it.
+    """
+    found = settings(comfy_urls=comfy_urls)
+    if queues is None:
+        queues = ",".join(served_queues(found))
+    options = ["-Q", queues, "--loglevel", found.log_level, "--without-gossip", "--without-mingle"]
+    if name:
+        options += ["-n", name]
+    if concurrency:
+        options += ["-c", str(concurrency)]
+    execute("celery", "-A", "genpulse", "worker", *options, *celery_options)
+
+
+@cli.command("start-flower")
+@click.option("--host", help="Address to listen on; anything but loopback needs basic auth.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.")
+@click.option("--url-prefix", default="flower", show_default=True, help="Path below which it is served.")
+@click.option("--db", type=click.Path(dir_okay=False, path_type=Path), help="Keep what it saw in this file.")
+def start_flower(host: str | None, port: int | None, url_prefix: str, db: Path | None) -> None:
+    """
+    Run Flower, the operators' view of Celery.
+
+    GENPULSE_FLOWER_BASIC_AUTH=user:password locks it. Its /metrics and /healthcheck stay open even
+    then, so keep it inside your network.
+    """
+    found = settings(flower_host=host, flower_port=port)
+    options = [f"--address={found.flower_host}", f"--port={found.flower_port}"]
+    if url_prefix.strip("/"):
+        options.append(f"--url_prefix={url_prefix.strip('/')}")
+    if db:
+        db.parent.mkdir(parents=True, exist_ok=True)
+        options += ["--persistent=True", f"--db={db}"]
+    # In the environment, for everybody on this host may read a command line.
+    if auth := found.flower_basic_auth.get_secret_value():
+        os.environ["FLOWER_BASIC_AUTH"] = auth
+    execute("celery", "-A", "genpulse", "flower", *options)
+
+
+@cli.command("start-sweeper")
+def start_sweeper() -> None:
+    """Run relay and sweeper alone, beside those that the API and each worker already run."""
+    found = settings()
+    from genpulse.tasks.background import run_sweeper
+
+    run_sweeper(found)
+
+
+@cli.command()
+@click.option(
+    "--wait", "wait_s", type=float, default=30.0, show_default=True, help="Seconds to wait for the database."
+)
+def migrate(wait_s: float) -> None:
+    """Bring the ledger's tables up to date. Safe to repeat, and to run from several hosts at once."""
+    found = settings()
+    from genpulse.testing.embedded import migrate_ledger
+
+    migrate_or_fail(lambda: migrate_ledger(found, wait_s=wait_s))
+    click.echo("the ledger is up to date", err=True)
+
+
+def migrate_or_fail(step: Any) -> None:
+    """Run a migration; an unreachable database is exit code 3."""
+    from genpulse.errors import LedgerUnavailable
+
+    try:
+        step()
+    except LedgerUnavailable as error:
+        reason = f": {error}" if str(error) else ""
+        raise Failure(f"the database does not answer{reason}", Exit.UNREACHABLE) from error
+
+
+@cli.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=8188, show_default=True, help="Port to listen on."
+)
+@click.option(
+    "--data-dir",
+    type=click.Path(file_okay=False, path_type=Path),
+    default=Path("data/comfyui-simulator"),
+    show_default=True,
+    help="Its input, output and temp folders.",
+)
+@click.option("--step-s", type=click.FloatRange(0), help="Seconds that one sampler step takes.")
+@click.option(
+    "--log", "log_path", type=click.Path(dir_okay=False, path_type=Path), help="Write what it runs here."
+)
+@click.argument("options", nargs=-1, type=click.UNPROCESSED)
+def simulator(
+    host: str,
+    port: int,
+    data_dir: Path,
+    step_s: float | None,
+    log_path: Path | None,
+    options: tuple[str, ...],
+) -> None:
+    """
+    Run the ComfyUI simulator: the real protocol, pictures drawn without any model.
+
+    What stands behind `--` is handed on to it (`-- --help` shows what there is).
+    """
+    command = ["--host", host, "--port", str(port), "--data-dir", str(data_dir)]
+    if step_s is not None:
+        command += ["--step-s", str(step_s)]
+    if log_path:
+        command += ["--log", str(log_path)]
+    execute("genpulse.testing.simulator", *command, *options)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Everything on one machine
+
+
+def stack_options(function: Any) -> Any:
+    """The options that ``start-all`` and ``demo`` share."""
+    options = [
+        click.option(
+            "--data-dir",
+            type=click.Path(file_okay=False, path_type=Path),
+            help="Folder of everything.  [default: data]",
+        ),
+        click.option("--port", type=click.IntRange(1, 65535), help="Port of the API.  [default: 8000]"),
+        click.option("--flower-port", type=click.IntRange(1, 65535), help="Port of Flower.  [default: 5555]"),
+        click.option(
+            "--comfy-port", type=click.IntRange(1, 65535), help="Port of the ComfyUI that is started here."
+        ),
+        click.option("--valkey-port", type=click.IntRange(1, 65535), help="Port of Valkey.  [default: any]"),
+        click.option("--comfy", "comfy_urls", help="Your ComfyUI servers, name=url separated by commas."),
+        click.option(
+            "--comfy-args", default="", help="More arguments for libs/comfyui/main.py, like '--cpu'."
+        ),
+        click.option("--no-flower", is_flag=True, help="Do without Flower."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+@cli.command("start-all")
+@stack_options
+def start_all(**options: Any) -> None:
+    """
+    Run everything on this machine: Valkey, ComfyUI, API, worker, Flower.
+
+    ComfyUI is libs/comfyui/main.py if it is there, else what --comfy or GENPULSE_COMFY_URLS names,
+    else a simulator that draws its pictures. Ctrl-C stops all of it; a killed start-all takes its
+    processes along. The data folder keeps tasks and pictures for the next run.
+    """
+    console = stderr_console()
+    with stack_failures():
+        from genpulse.testing.embedded import run_stack
+
+        raise SystemExit(run_stack(stack_settings(options), stack_ports(options), console))
+
+
+@cli.command()
+@click.option(
+    "--once", is_flag=True, help="End after the picture; exit code 0 only if its pixels were right."
+)
+@stack_options
+def demo(once: bool, **options: Any) -> None:
+    """
+    Show it: start everything, send a workflow through the API, end with a picture on disk.
+
+    Stays up until Ctrl-C. With --comfy URL the workflow runs on your ComfyUI (of core nodes only,
+    so it needs no model); without it on the simulator.
+    """
+    console = stderr_console()
+    with stack_failures():
+        from genpulse.testing.demo import run_demo
+
+        raise SystemExit(run_demo(stack_settings(options), stack_ports(options), console, once=once))
+
+
+def stack_settings(options: Mapping[str, Any]) -> Settings:
+    """Settings with the options of ``start-all`` over them."""
+    return settings(
+        data_dir=options["data_dir"],
+        port=options["port"],
+        flower_port=options["flower_port"],
+        comfy_urls=options["comfy_urls"],
+    )
+
+
+def stack_ports(options: Mapping[str, Any]) -> Any:
+    """What else the embedded stack is told."""
+    from genpulse.testing.embedded import StackOptions
+
+    return StackOptions(
+        comfy_port=options["comfy_port"],
+        valkey_port=options["valkey_port"],
+        comfy_args=tuple(options["comfy_args"].split()),
+        flower=not options["no_flower"],
+    )
+
+
+@contextmanager
+def stack_failures() -> Iterator[None]:
+    """A stack that cannot start says why in one line."""
+    from genpulse.testing.embedded import StackError
+
+    try:
+        yield
+    except StackError as error:
+        raise Failure(str(error), Exit(error.exit_code)) from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Talking to an API
+
+
+def api_options(function: Any) -> Any:
+    """The options of every command that talks to an API."""
+    function = click.option(
+        "--api-key",
+        help="Key of the API.  [default: GENPULSE_API_KEY]",
+        envvar="GENPULSE_API_KEY",
+        show_envvar=False,
+    )(function)
+    return click.option(
+        "--url", help="Where the API is.  [default: GENPULSE_PUBLIC_URL, else the one running here]"
+    )(function)
+
+
+@cli.command()
+@click.argument("workflow", type=click.File("rb"))
+@click.option(
+    "-i", "--input", "inputs", multiple=True, metavar="NAME=VALUE", help="Set an input; may be repeated."
+)
+@click.option("--wait", is_flag=True, help="Wait until the task is final.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Save the outputs here; implies --wait.",
+)
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(0), help="Seconds to wait; the task goes on afterwards."
+)
+@click.option("--priority", type=click.Choice(["low", "normal", "high"]), help="How urgent it is.")
+@click.option("--type", "task_type", default="comfyui", show_default=True, help="Task type.")
+@click.option(
+    "--render-timeout", type=click.IntRange(1), help="Seconds the rendering may take (`timeout_s`)."
+)
+@click.option("--idempotency-key", help="The same key and body never make a second task.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print the task as JSON on standard output; no progress."
+)
+@api_options
+def submit(
+    workflow: Any,
+    inputs: tuple[str, ...],
+    wait: bool,
+    output: Path | None,
+    timeout_s: float | None,
+    priority: str | None,
+    task_type: str,
+    render_timeout: int | None,
+    idempotency_key: str | None,
+    as_json: bool,
+    url: str | None,
+    api_key: str | None,
+) -> None:
+    """
+    Send WORKFLOW (a file in ComfyUI's API format, or - for standard input) to the API.
+
+    \b
+    -i prompt='a red fox'   a node titled INPUT_prompt; or 6.text=… for field `text` of node 6
+    -i seed=7               numbers, true, false and null keep their type
+    -i 'size:=[64, 64]'     any JSON
+    -i image=@cat.png       uploads the file first
+    -i note=@@home          a text that starts with @
+
+    Prints the task's id, or with --output the saved files' paths.
+    """
+    graph = read_workflow(workflow)
+    console = stderr_console()
+    with api(url, api_key) as client:
+        bound = {name: bind(value, client) for name, value in map(parse_input, inputs)}
+        params = {"workflow": graph, **({"inputs": bound} if bound else {})}
+        extra = {"priority": priority, "timeout_s": render_timeout}
+        body = {"task_type": task_type, "params": params} | {k: v for k, v in extra.items() if v is not None}
+        accepted = client.submit(body, idempotency_key=idempotency_key)
+        task_id = str(accepted["task_id"])
+        if not (wait or output):
+            click.echo(json.dumps(accepted) if as_json else task_id)
+            return
+        if not as_json:
+            console.print(f"task {task_id}", highlight=False)
+        task = wait_for(client, task_id, console, timeout_s, quiet=as_json)
+        saved = save_outputs(client, task, output) if output else []
+    report(task, saved, as_json=as_json, printed_paths=output is not None)
+
+
+def wait_for(
+    client: Client, task_id: str, console: Console, timeout_s: float | None, *, quiet: bool
+) -> dict[str, Any]:
+    """Follow a task on the terminal; whoever stops waiting is told how to go on."""
+    from genpulse.client import WaitTimeout
+    from genpulse.terminal import showing
+
+    try:
+        with showing(console, quiet=quiet) as show:
+            return client.follow(task_id, timeout_s=timeout_s, on_change=show)
+    except WaitTimeout as error:
+        raise Failure(str(error), Exit.TIMEOUT) from error
+    except KeyboardInterrupt:
+        click.echo(f"no longer waiting; the task goes on: GET {client.url}/task/{task_id}", err=True)
+        raise
+
+
+def save_outputs(client: Client, task: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Download everything a completed task made."""
+    from genpulse.client import DownloadDamaged
+
+    if task["status"] != "completed":
+        return []
+    try:
+        return [client.download(output, folder) for output in task.get("outputs") or ()]
+    except DownloadDamaged as error:
+        raise Failure(str(error), Exit.FAILED) from error
+    except OSError as error:
+        raise Failure(f"cannot write to {folder}: {error.strerror or error}", Exit.FAILED) from error
+
+
+def report(task: Mapping[str, Any], saved: list[Path], *, as_json: bool, printed_paths: bool) -> None:
+    """Print a final task; leave with 1 if it did not complete."""
+    from genpulse.terminal import error_line
+
+    if as_json:
+        click.echo(json.dumps({**task, "saved": [str(path) for path in saved]}))
+    elif task["status"] == "completed" and printed_paths:
+        for path in saved:
+            click.echo(str(path))
+    elif task["status"] == "completed":
+        click.echo(task["task_id"])
+        for output in task.get("outputs") or ():
+            click.echo(f"{output['name']}  {output['url']}", err=True)
+    if task["status"] != "completed":
+        raise Failure(f"task {task['task_id']} {task['status']}: {error_line(task)}", Exit.FAILED)
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the answer as JSON.")
+@api_options
+def status(as_json: bool, url: str | None, api_key: str | None) -> None:
+    """Show queues, workers and ComfyUI servers. Exit code 1 unless everything is well."""
+    with api(url, api_key) as client:
+        found = client.status()
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        from rich.console import Console
+
+        from genpulse.terminal import status_parts
+
+        console = Console()
+        for part in status_parts(found):
+            console.print(part)
+    if found.get("status") != "ok":
+        raise SystemExit(Exit.FAILED)
+
+
+@contextmanager
+def api(url: str | None, api_key: str | None) -> Iterator[Client]:
+    """A client of the API that is meant; its failures become lines and exit codes."""
+    from genpulse.client import ApiRefused, ApiUnreachable, Client
+
+    found = settings()
+    key = api_key if api_key is not None else found.api_key.get_secret_value()
+    try:
+        with Client(url or default_url(found), key) as client:
+            yield client
+    except ApiUnreachable as error:
+        raise Failure(str(error), Exit.UNREACHABLE) from error
+    except ApiRefused as error:
+        lines = [f"{error} ({error.code})", *(f"  {pointer}: {detail}" for pointer, detail in error.errors)]
+        raise Failure("\n".join(lines), Exit.REFUSED) from error
+
+
+def default_url(found: Settings) -> str:
+    """The configured API, or the one that a ``start-all`` of this data folder serves."""
+    from genpulse.testing.embedded import running_url
+
+    if found.public_url:
+        return found.public_url
+    if "port" not in found.model_fields_set and (url := running_url(found.data_dir)):
+        return url
+    host = f"[{found.host}]" if ":" in found.host else found.host
+    return f"http://{'127.0.0.1' if found.host in {'0.0.0.0', '::'} else host}:{found.port}"
+
+
+def read_workflow(file: Any) -> dict[str, Any]:
+    """The workflow as JSON; what it means is for the API to judge."""
+    try:
+        graph = json.loads(file.read())
+    except ValueError as error:
+        raise click.UsageError(f"{file.name}: not JSON ({error})") from error
+    if not isinstance(graph, dict):
+        msg = f"{file.name}: a workflow is a JSON object"
+        raise click.UsageError(msg)
+    return graph
+
+
+def parse_input(text: str) -> tuple[str, Any]:
+    """
+    ``name=value`` or ``name:=json``. A path to upload becomes a :class:`pathlib.Path`.
+
+    Raises:
+        click.UsageError: No ``=``, no name, or bad JSON behind ``:=``.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip(":"):
+        msg = f"-i {text}: expected NAME=VALUE"
+        raise click.UsageError(msg)
+    if name.endswith(":"):
+        try:
+            return name[:-1], json.loads(value)
+        except ValueError as error:
+            raise click.UsageError(f"-i {text}: not JSON behind := ({error})") from error
+    if value.startswith("@@"):
+        return name, value[1:]
+    if value.startswith("@"):
+        return name, Path(value[1:])
+    try:
+        literal = json.loads(value)
+    except ValueError:
+        return name, value
+    return name, literal if literal is None or isinstance(literal, bool | int | float) else value
+
+
+def bind(value: Any, client: Client) -> Any:
+    """The value as the API takes it; a local file is uploaded and becomes ``asset:<id>``."""
+    if not isinstance(value, Path):
+        return value
+    try:
+        return f"asset:{client.upload(value)['id']}"
+    except OSError as error:
+        raise click.UsageError(f"cannot read {value}: {error.strerror or error}") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def settings(**options: Any) -> Settings:
+    """
+    The settings, with command-line options over the environment.
+
+    An option given becomes a variable of this process, so that the program it turns into and the
+    children it starts see it too.
+    """
+    from genpulse.config import PREFIX, Settings, SettingsError
+
+    for name, value in options.items():
+        if value is not None:
+            os.environ[PREFIX + name.upper()] = str(value)
+    try:
+        return Settings.from_env()
+    except SettingsError as error:
+        raise Failure(str(error), Exit.USAGE) from error
+
+
+def served_queues(found: Settings) -> list[str]:
+    """Every queue, without ``comfy`` where no ComfyUI server is named."""
+    from genpulse.tasks.queues import QUEUES
+
+    return [queue for queue in QUEUES if queue != "comfy" or found.servers]
+
+
+def execute(module: str, *arguments: str) -> NoReturn:
+    """Become ``python -m module``, with this interpreter, whatever is on ``PATH``."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+
+
+def stderr_console() -> Console:
+    """Where people read: standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True)

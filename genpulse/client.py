@@ -1,0 +1,390 @@
+"""
+A caller of GenPulse's own HTTP API: what ``genpulse submit``, ``status`` and the demo stand on.
+
+It promises three things that a handful of ``requests`` calls would not:
+
+- A submission carries an ``Idempotency-Key``, so that an answer that got lost can be asked for
+  again without making a second task.
+- Following a task outlives a short absence of the API, for the task goes on without it.
+- A downloaded file is complete or not there: written beside its place, checked against the
+  digest the API names, then renamed. It never leaves its folder and never overwrites another file.
+
+It knows nothing of the server's code, only of the contract in ``docs/reference/api.md``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import mimetypes
+import os
+import re
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+from urllib.parse import urljoin, urlsplit
+
+import requests
+from requests.auth import AuthBase
+
+from genpulse import __version__
+
+__all__ = ["ApiRefused", "ApiUnreachable", "Client", "DownloadDamaged", "WaitTimeout", "safe_name"]
+
+FINAL = frozenset({"completed", "failed", "canceled"})
+_ANSWER_LIMIT = 300
+"""How much of an answer that is no problem document is shown to a person."""
+
+
+class ApiUnreachable(Exception):
+    """Nobody answered, or what answered was no GenPulse (a proxy's 502, a restart's 503)."""
+
+
+class ApiRefused(Exception):
+    """
+    The API said no. ``code`` is the problem's code, ``errors`` its ``(pointer, detail)`` pairs.
+
+    ``str()`` of it is one sentence for a person.
+    """
+
+    def __init__(self, status: int, code: str, detail: str, errors: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.code = code
+        self.errors = errors
+
+
+class WaitTimeout(Exception):
+    """The task was not final in time. It goes on; only the waiting ended."""
+
+
+class DownloadDamaged(Exception):
+    """The bytes are not those that were stored, by size or digest. Nothing was kept on disk."""
+
+
+class _Bearer(AuthBase):
+    """The API key. An auth object and no plain header, or a ``.netrc`` would take its place."""
+
+    def __init__(self, key: str) -> None:
+        self._key = key
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+
+class Client:
+    """
+    One API at *url*. A context manager; use it from one thread.
+
+    Args:
+        url: Where the API is mounted, for example ``http://127.0.0.1:8000``.
+        api_key: Sent as a bearer token to this origin and to nobody a redirect leads to.
+    """
+
+    def __init__(
+        self, url: str, api_key: str = "", *, connect_timeout_s: float = 5.0, read_timeout_s: float = 60.0
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._timeout = (connect_timeout_s, read_timeout_s)
+        self._session = requests.Session()
+        self._session.auth = _Bearer(api_key)
+        self._session.headers["User-Agent"] = f"genpulse-client/{__version__}"
+        host = urlsplit(self.url).hostname or ""
+        if host in {"localhost", "::1"} or host.startswith("127."):
+            self._session.trust_env = False  # a proxy of the environment cannot reach our loopback
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    def submit(
+        self, body: Mapping[str, Any], *, idempotency_key: str | None = None, tries: int = 3
+    ) -> dict[str, Any]:
+        """
+        Hand in one task (``POST /task``).
+
+        Args:
+            body: As the contract has it: ``{"task_type": …, "params": {…}, …}``.
+            idempotency_key: Chosen at random if not given; the same for every try.
+            tries: How often to ask when no answer came.
+
+        Returns:
+            The answer of the 202: ``task_id``, ``status``, ``urls``, …
+
+        Raises:
+            ApiRefused: Nothing was recorded.
+            ApiUnreachable: No answer to any try. The task may have been recorded.
+        """
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        for left in reversed(range(tries)):
+            try:
+                return self._json("POST", "/task", json=dict(body), headers=headers)
+            except ApiUnreachable:
+                if not left:
+                    raise
+                time.sleep(0.5)
+        msg = "tries must be at least 1"
+        raise ValueError(msg)
+
+    def task(self, task_id: str, *, wait_s: float = 0) -> dict[str, Any]:
+        """The task as it is now, or after at most *wait_s* seconds if it is not final earlier."""
+        query = {"wait": str(wait_s)} if wait_s else {}
+        return self._json("GET", f"/task/{task_id}", params=query)
+
+    def cancel(self, task_id: str) -> dict[str, Any]:
+        """Ask for an end of the task; harmless when it is final."""
+        return self._json("POST", f"/task/{task_id}/cancel")
+
+    def status(self) -> dict[str, Any]:
+        """``GET /status``; more than one word of it only with a key where keys are used."""
+        return self._json("GET", "/status", accept=(200, 503))
+
+    def follow(
+        self,
+        task_id: str,
+        *,
+        timeout_s: float | None = None,
+        on_change: Callable[[dict[str, Any]], None] | None = None,
+        poll_s: float = 0.25,
+        patience_s: float = 30.0,
+    ) -> dict[str, Any]:
+        """
+        Poll until the task is final and return it.
+
+        Args:
+            timeout_s: How long to wait; for ever if ``None``.
+            on_change: Called with every reading, the final one included.
+            patience_s: How long the API may be away without this giving up.
+
+        Raises:
+            WaitTimeout: Not final within *timeout_s*.
+            ApiUnreachable: Away for longer than *patience_s*.
+            ApiRefused: No such task (404), or the key is not accepted.
+        """
+        started = heard = time.monotonic()
+        while True:
+            now = time.monotonic()
+            try:
+                task = self.task(task_id)
+            except ApiUnreachable:
+                if now - heard > patience_s:
+                    raise
+            else:
+                heard = now
+                if on_change:
+                    on_change(task)
+                if task["status"] in FINAL:
+                    return task
+            if timeout_s is not None and now - started >= timeout_s:
+                msg = f"task {task_id} is not final after {timeout_s:g} s; it goes on"
+                raise WaitTimeout(msg)
+            # Quick while a person watches the first seconds, gentle on a task of an hour.
+            time.sleep(poll_s if now - started < 30 else max(poll_s, 1.0))
+
+    def upload(self, path: Path) -> dict[str, Any]:
+        """
+        Store a local file (``POST /storage/upload``), streamed, so its size needs no memory.
+
+        Returns:
+            The asset; ``"asset:" + answer["id"]`` is what a task's inputs take.
+        """
+        with path.open("rb") as file:
+            form = _Multipart(file, path.name)
+            return self._json(
+                "POST", "/storage/upload", data=form, headers={"Content-Type": form.content_type}
+            )
+
+    def open_output(self, output: Mapping[str, Any]) -> contextlib.AbstractContextManager[Iterator[bytes]]:
+        """The stored bytes of one entry of a task's ``outputs``, in pieces."""
+        return self._bytes(urljoin(self.url + "/", str(output["url"])))
+
+    def download(self, output: Mapping[str, Any], folder: Path) -> Path:
+        """
+        Save one output in *folder* and return where it lies.
+
+        The name is the output's own, made safe. A file of this name with the same content is
+        taken as it is; one with other content is left alone and a number is put in our name.
+
+        Raises:
+            DownloadDamaged: Size or digest differ from what the API named.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        name = safe_name(str(output.get("name") or f"output-{output['index']}"))
+        part = folder / f".{name[:200]}.{uuid.uuid4().hex[:8]}.part"
+        digest, size = hashlib.sha256(), 0
+        try:
+            with part.open("wb") as file, self.open_output(output) as pieces:
+                for piece in pieces:
+                    file.write(piece)
+                    digest.update(piece)
+                    size += len(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            named = output.get("size_bytes"), output.get("sha256")
+            if (named[0] is not None and named[0] != size) or (named[1] and named[1] != digest.hexdigest()):
+                msg = f"{name}: got {size} bytes that are not the stored ones"
+                raise DownloadDamaged(msg)
+            return _settle(part, folder, name, digest.hexdigest())
+        finally:
+            part.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _bytes(self, url: str) -> Iterator[Iterator[bytes]]:
+        with self._ask("GET", url, stream=True, headers={"Accept-Encoding": "identity"}) as answer:
+            _raise_for_problem(answer, (200,))
+
+            def pieces() -> Iterator[bytes]:
+                try:
+                    yield from answer.iter_content(256 * 1024)
+                except requests.RequestException as error:
+                    msg = f"the download broke off: {_reason(error)}"
+                    raise ApiUnreachable(msg) from error
+
+            yield pieces()
+
+    def _json(
+        self, method: str, path: str, *, accept: tuple[int, ...] = (200, 201, 202), **request: Any
+    ) -> dict[str, Any]:
+        with self._ask(method, self.url + path, **request) as answer:
+            _raise_for_problem(answer, accept)
+            try:
+                body = answer.json()
+            except ValueError:
+                body = None
+            if not isinstance(body, dict):
+                msg = f"{self.url} answered something that is not GenPulse's"
+                raise ApiUnreachable(msg)
+            return body
+
+    def _ask(self, method: str, url: str, **request: Any) -> requests.Response:
+        try:
+            return self._session.request(method, url, timeout=self._timeout, **request)
+        except requests.RequestException as error:
+            msg = f"no answer from {self.url}: {_reason(error)}"
+            raise ApiUnreachable(msg) from error
+
+
+def safe_name(name: str) -> str:
+    """
+    A file name that stays in its folder, for every *name* that a server or a workflow may give.
+
+    No separators, control characters or leading dots; at most 200 bytes, the ending kept.
+    """
+    base = re.split(r"[/\\]", name)[-1]
+    base = re.sub(r'[\x00-\x1f\x7f<>:"|?*]+', "_", base).strip(" .").lstrip("-") or "output"
+    stem, dot, ending = base.rpartition(".")
+    if not dot or not stem or len(ending) > 16:
+        stem, dot, ending = base, "", ""
+    room = 200 - len((dot + ending).encode())
+    return stem.encode()[:room].decode(errors="ignore") + dot + ending
+
+
+def _settle(part: Path, folder: Path, name: str, sha256: str) -> Path:
+    """Give a complete file its name; ``link`` refuses to overwrite where ``rename`` would."""
+    stem, ending = os.path.splitext(name)
+    for number in range(1, 10_000):
+        target = folder / (name if number == 1 else f"{stem} ({number}){ending}")
+        try:
+            os.link(part, target)
+        except FileExistsError:
+            if target.is_file() and _sha256(target) == sha256:
+                return target
+        except OSError:  # a file system without hard links
+            if not target.exists():
+                part.replace(target)
+                return target
+        else:
+            return target
+    msg = f"{folder} holds too many files named {name}"
+    raise FileExistsError(msg)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Multipart:
+    """A multipart form with one file, read while it is sent; ``requests`` itself holds it in memory."""
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        boundary = uuid.uuid4().hex
+        quoted = name.replace("\\", "_").replace('"', "%22").replace("\r", "").replace("\n", "")
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        self.content_type = f"multipart/form-data; boundary={boundary}"
+        head = (
+            f'--{boundary}\r\nContent-Disposition: form-data; name="file"; filename="{quoted}"\r\n'
+            f"Content-Type: {kind}\r\n\r\n"
+        ).encode()
+        tail = f"\r\n--{boundary}--\r\n".encode()
+        self._file = file
+        self._before, self._after = head, tail
+        self._left = os.fstat(file.fileno()).st_size
+        self._length = len(head) + self._left + len(tail)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, size: int = -1) -> bytes:
+        """At most *size* bytes; never more of the file than its length was at the start."""
+        size = self._length if size < 0 else size
+        if self._before:
+            piece, self._before = self._before[:size], self._before[size:]
+            return piece
+        if self._left:
+            piece = self._file.read(min(size, self._left, 1 << 20))
+            if not piece:
+                msg = "the file became shorter while it was sent"
+                raise OSError(msg)
+            self._left -= len(piece)
+            return piece
+        piece, self._after = self._after[:size], self._after[size:]
+        return piece
+
+
+def _raise_for_problem(answer: requests.Response, accept: tuple[int, ...]) -> None:
+    if answer.status_code in accept:
+        return
+    try:
+        problem = answer.json()
+    except ValueError:
+        problem = None
+    if not isinstance(problem, dict) or "code" not in problem:
+        shown = " ".join(answer.text.split())[:_ANSWER_LIMIT]
+        if answer.status_code >= 500:
+            msg = f"HTTP {answer.status_code} from {answer.url}: {shown}"
+            raise ApiUnreachable(msg)
+        raise ApiRefused(answer.status_code, "unknown", f"HTTP {answer.status_code}: {shown}")
+    detail = str(problem.get("detail") or problem.get("title") or problem["code"])
+    if answer.status_code in {502, 503, 504}:
+        raise ApiUnreachable(detail)
+    errors = tuple(
+        (str(error.get("pointer", "")), str(error.get("detail", "")))
+        for error in problem.get("errors") or ()
+        if isinstance(error, dict)
+    )
+    raise ApiRefused(answer.status_code, str(problem["code"]), detail, errors)
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost cause in few words; urllib3 wraps the plain one several times."""
+    if isinstance(error, requests.ConnectTimeout):
+        return "timed out while connecting"
+    if isinstance(error, requests.Timeout):
+        return "timed out"
+    seen: BaseException = error
+    while (inner := seen.__cause__ or seen.__context__) is not None:
+        seen = inner
+    if isinstance(seen, OSError) and seen.strerror:
+        return seen.strerror.lower()
+    return type(seen).__name__
