@@ -18,67 +18,21 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from celery import Celery, signals
-from celery.app.amqp import AMQP
 from celery.exceptions import Ignore
 from celery.worker.request import Request
-from kombu import Connection
 
 from genpulse.config import Settings, SettingsError, is_loopback
 from genpulse.tasks import queues
+from genpulse.tasks.broker import WorkerAMQP
 from genpulse.tasks.producer import broker_url, celery_queue, result_backend
 from genpulse.tasks.registry import Registry, RegistryError, default_registry
 
-__all__ = ["GenPulseRequest", "WorkerAMQP", "WorkerConnection", "build_app", "node_name", "refusal"]
+__all__ = ["GenPulseRequest", "build_app", "node_name", "refusal"]
 
 EXIT_CONFIG = 78
 """``EX_CONFIG`` of sysexits.h: a supervisor need not try again before something was changed."""
 
 log = logging.getLogger("genpulse.worker")
-
-
-class WorkerConnection(Connection):
-    """
-    kombu's connection with two cures for kombu and Celery 5.7.0.
-
-    - Celery retries a lost broker after 2, 4, … 30 s and has no setting for it; here after 2 s at
-      most, so that a worker consumes again seconds after Redis is back.
-    - 5.7.0 closes a half-closed channel a second time when Redis goes away, which raises
-      ``AttributeError: 'NoneType' object has no attribute 'hostname'`` and ends the worker.
-    """
-
-    def ensure_connection(  # type: ignore[override]  # the stubs know no fractions of a second
-        self,
-        errback: Any = None,
-        max_retries: Any = None,
-        interval_start: Any = 0.2,
-        interval_step: Any = 0.3,
-        interval_max: Any = 2,
-        **kwargs: Any,
-    ) -> WorkerConnection:
-        """Wait for the broker, asking at least every *interval_max* seconds."""
-        return super().ensure_connection(
-            errback, max_retries, interval_start, interval_step, interval_max, **kwargs
-        )
-
-    def maybe_close_channel(self, channel: Any) -> None:
-        """Close *channel* whatever state its transport is in."""
-        try:
-            super().maybe_close_channel(channel)
-        except AttributeError:
-            log.debug("channel_was_half_closed")
-
-    def collect(self, socket_timeout: float | None = None) -> None:
-        """Forget the default channel together with the transport it belongs to."""
-        try:
-            super().collect(socket_timeout)
-        finally:
-            self._default_channel = None
-
-
-class WorkerAMQP(AMQP):
-    """Celery's messaging on :class:`WorkerConnection`."""
-
-    Connection = WorkerConnection
 
 
 class GenPulseRequest(Request):

@@ -1,0 +1,135 @@
+"""
+The worker's connection to Redis: Celery's own, with what it lacks to survive.
+
+Every cure here names the version it was needed for, and has a test in ``tests/celery_nodes`` or
+``tests/integration/test_celery_broker.py`` that fails without it. When kombu or Celery is
+raised, take one out, and look whether its test still needs it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from queue import Empty
+from typing import Any
+
+from celery.app.amqp import AMQP
+from kombu import Connection
+from kombu.transport import redis
+
+__all__ = ["WorkerAMQP", "WorkerConnection"]
+
+log = logging.getLogger("genpulse.broker")
+
+
+class WorkerChannel(redis.Channel):
+    """A channel that does not break on something that is no JSON."""
+
+    def _brpop_read(self, **options: Any) -> Any:
+        # 5.7.0: the item is out of the list already; the error would end the worker.
+        try:
+            return super()._brpop_read(**options)
+        except ValueError as error:
+            log.warning("message_dropped: no JSON in the queue: %s", type(error).__name__)
+            raise Empty from None
+
+
+class WorkerTransport(redis.Transport):
+    """
+    A transport that drops what is no task message.
+
+    Celery 5.7.0 ends the worker on a message whose envelope, id or arguments are not what it
+    expects, and the supervisor's next worker would be ended by the next one.
+    """
+
+    Channel = WorkerChannel
+
+    def _deliver(self, message: Any, queue: str) -> None:
+        if (problem := _problem(message)) is not None:
+            log.warning("message_dropped: %s, in the queue %s", problem, queue)
+            return
+        try:
+            super()._deliver(message, queue)
+        except (*self.connection_errors, *self.channel_errors, OSError):
+            raise
+        except Exception:
+            log.exception("message_dropped: Celery cannot handle it, in the queue %s", queue)
+
+
+class WorkerConnection(Connection):
+    """
+    kombu's connection with cures for kombu and Celery 5.7.0.
+
+    - Celery retries a lost broker after 2, 4, … 30 s and has no setting for it; here after 2 s at
+      most, so that a worker consumes again seconds after Redis is back.
+    - 5.7.0 closes a half-closed channel a second time when Redis goes away, which raises
+      ``AttributeError: 'NoneType' object has no attribute 'hostname'`` and ends the worker.
+    - The two classes above.
+    """
+
+    def get_transport_cls(self) -> Any:
+        """Put our transport in the place of kombu's for Redis."""
+        found = super().get_transport_cls()
+        return WorkerTransport if found is redis.Transport else found
+
+    def ensure_connection(  # type: ignore[override]  # the stubs know no fractions of a second
+        self,
+        errback: Any = None,
+        max_retries: Any = None,
+        interval_start: Any = 0.2,
+        interval_step: Any = 0.3,
+        interval_max: Any = 2,
+        **kwargs: Any,
+    ) -> WorkerConnection:
+        """Wait for the broker, asking at least every *interval_max* seconds."""
+        return super().ensure_connection(
+            errback, max_retries, interval_start, interval_step, interval_max, **kwargs
+        )
+
+    def maybe_close_channel(self, channel: Any) -> None:
+        """Close *channel* whatever state its transport is in."""
+        try:
+            super().maybe_close_channel(channel)
+        except AttributeError:
+            log.debug("channel_was_half_closed")
+
+    def collect(self, socket_timeout: float | None = None) -> None:
+        """Forget the default channel together with the transport it belongs to."""
+        try:
+            super().collect(socket_timeout)
+        finally:
+            self._default_channel = None
+
+
+class WorkerAMQP(AMQP):
+    """Celery's messaging on :class:`WorkerConnection`."""
+
+    Connection = WorkerConnection
+
+
+def _problem(message: Any) -> str | None:
+    """
+    What keeps *message* from being one that Celery can take; ``None`` if nothing does.
+
+    Answers to remote control come through lists too. They carry no ``task`` and are not held
+    against the rules for tasks.
+
+    Source: Celery's message protocol 2, ``docs/internals/protocol``.
+    """
+    if not isinstance(message, Mapping):
+        return "no message"
+    properties, headers = message.get("properties"), message.get("headers")
+    if not isinstance(properties, Mapping) or not isinstance(properties.get("delivery_tag"), str):
+        return "no properties"
+    if not isinstance(properties.get("delivery_info"), Mapping):
+        return "no delivery info"
+    if headers is None or (isinstance(headers, Mapping) and "task" not in headers):
+        return None
+    if not isinstance(headers, Mapping):
+        return "no headers"
+    if not (isinstance(headers["task"], str) and isinstance(headers.get("id"), str)):
+        return "no task id"
+    limits = headers.get("timelimit")
+    if limits is not None and not (isinstance(limits, list) and len(limits) == 2):  # noqa: PLR2004 - hard and soft
+        return "strange limits"
+    return None
