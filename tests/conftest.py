@@ -146,7 +146,7 @@ def _migrate(url: str) -> None:
     from genpulse.config import Settings
     from genpulse.ledger import Ledger
 
-    ledger = Ledger.connect(Settings.build(database_url=url).ledger_url, pooled=False)
+    ledger = Ledger.connect(Settings.build(database_url=url).ledger_url)
     try:
         ledger.migrate()
     finally:
