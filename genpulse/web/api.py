@@ -1,0 +1,512 @@
+"""
+The native API of API.md: thin views over ``tasks.submit``, the ledger and the storage.
+
+A request that submits or cancels touches the ledger only. Redis may tell a reader how far a task
+is, within 50 ms; nothing waits for it and nothing depends on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, Literal, cast
+
+from flask import Response, current_app, request, url_for
+from pydantic import BaseModel
+
+from genpulse import __version__
+from genpulse.errors import LedgerUnavailable, ObjectNotFound
+from genpulse.ledger import IdempotencyConflict
+from genpulse.model import Output, Task, TaskStatus
+from genpulse.storage import InvalidKey, check_key
+from genpulse.tasks.submit import accept
+from genpulse.web import access, schemas
+from genpulse.web.bodies import read_upload
+from genpulse.web.contract import Contract, Routes, answer, bytes_answer, empty_answer
+from genpulse.web.files import send_stored
+from genpulse.web.problems import Problem
+from genpulse.web.service import service
+
+__all__ = ["MODELS", "ROUTES"]
+
+ROUTES = Routes()
+
+MODELS: tuple[type[BaseModel], ...] = (
+    schemas.Accepted,
+    schemas.AssetView,
+    schemas.Health,
+    schemas.ProblemView,
+    schemas.StatusView,
+    schemas.SubmitBody,
+    schemas.TaskList,
+    schemas.TaskTypes,
+    schemas.TaskView,
+)
+"""Every model that the published document names."""
+
+POLL_S = 1
+"""``Retry-After`` of a 202: when it is worth asking again."""
+
+_UUID = re.compile(schemas.UUID_PATTERN)
+
+
+@ROUTES.add(
+    "POST",
+    "/task",
+    tag="Tasks",
+    answers={
+        202: answer(
+            schemas.Accepted,
+            "The task is durably recorded.",
+            Location="Where the task is read.",
+            Retry_After="Seconds after which it is worth asking.",
+            Idempotency_Replayed="`true` where the key brought back an earlier task.",
+        )
+    },
+    refusals=(400, 413, 415, 422, 429),
+)
+def submit_task(header: schemas.SubmitHeaders, body: schemas.SubmitBody) -> Response:
+    """Submit a task."""
+    _refuse_server_address(body.params)
+    here = service()
+    if body.task_type not in here.registry:
+        detail = f"There is no such task type; there are: {', '.join(here.registry.types())}."
+        raise Problem(422, "unknown_task_type", detail, errors=[("/task_type", "is not registered")])
+    try:
+        task, replayed = accept(
+            here.ledger,
+            here.registry,
+            here.settings,
+            body.model_dump(exclude_unset=True),
+            owner=access.owner(),
+            idempotency_key=header.idempotency_key,
+        )
+    except IdempotencyConflict:
+        detail = "This Idempotency-Key was used before with another body."
+        raise Problem(422, "idempotency_key_reuse", detail) from None
+    if not replayed:
+        here.wake()
+    links = schemas.urls(task.id, _link)
+    view = schemas.Accepted(
+        task_id=task.id,
+        status=task.status,
+        message="The task was recorded before." if replayed else "The task is recorded.",
+        created_at=task.created_at,
+        queue=task.queue,
+        queue_position=_position(task),
+        urls=schemas.Urls(**links),
+    )
+    headers = {"Location": links["self"], "Retry-After": str(POLL_S)}
+    if replayed:
+        headers["Idempotency-Replayed"] = "true"
+    return _json(view, 202, headers)
+
+
+@ROUTES.add(
+    "GET",
+    "/task",
+    tag="Tasks",
+    answers={200: answer(schemas.TaskList, "A page of tasks, newest first.")},
+    refusals=(422,),
+)
+def list_tasks(query: schemas.ListQuery) -> Response:
+    """List one's own tasks, newest first."""
+    found = service().ledger.list_tasks(
+        access.owner(),
+        status=TaskStatus(query.status) if query.status else None,
+        task_type=query.task_type,
+        created_after=query.created_after,
+        before_id=query.cursor,
+        limit=query.limit + 1,
+    )
+    page = found[: query.limit]
+    more = len(found) > len(page)
+    return _json(
+        schemas.TaskList(
+            tasks=[schemas.TaskSummary(**schemas.task_summary(task, _link)) for task in page],
+            next_cursor=page[-1].id if more else None,
+        )
+    )
+
+
+@ROUTES.add(
+    "GET",
+    "/task/<task_id>",
+    tag="Tasks",
+    answers={
+        200: answer(schemas.TaskView, "The task as it is now.", ETag="Changes with the task."),
+        304: empty_answer("Nothing changed since `If-None-Match`."),
+    },
+    refusals=(404,),
+)
+def read_task(path: schemas.TaskPath) -> Response:
+    """Read a task."""
+    task = _task(path.task_id)
+    return _with_etag(_json(_view(task)))
+
+
+@ROUTES.add(
+    "POST",
+    "/task/<task_id>/cancel",
+    tag="Tasks",
+    answers={
+        200: answer(schemas.TaskView, "The task is final: canceled now, or ended before."),
+        202: answer(schemas.TaskView, "The task is being stopped.", Retry_After="Seconds."),
+    },
+    refusals=(404,),
+)
+def cancel_task(path: schemas.TaskPath) -> Response:
+    """Cancel a task; safe to repeat."""
+    task = service().ledger.cancel(_known(path.task_id), access.owner())
+    if task is None:
+        raise _unknown_task()
+    if task.status.is_final:
+        return _json(_view(task))
+    service().wake()
+    return _json(_view(task), 202, {"Retry-After": str(POLL_S)})
+
+
+@ROUTES.add(
+    "GET",
+    "/task/<task_id>/outputs/<index>",
+    tag="Outputs",
+    answers={
+        200: bytes_answer("The bytes.", ETag="The content's digest.", Content_Disposition="The file's name."),
+        206: bytes_answer("The range that was asked for.", Content_Range="Which bytes these are."),
+        302: empty_answer("A freshly signed link of the object store.", Location="The link."),
+        304: empty_answer("The bytes are those of `If-None-Match`."),
+    },
+    refusals=(404, 410, 412, 416),
+)
+def read_output(path: schemas.OutputPath) -> Response:
+    """Read the bytes of an output; the address is stable as long as the task exists."""
+    task = _task(path.task_id)
+    output = next((output for output in task.outputs if output.index == path.index), None)
+    if output is None:
+        raise Problem(404, detail="The task has no output of this number.")
+    return _stored(output)
+
+
+@ROUTES.add(
+    "POST",
+    "/storage/upload",
+    tag="Assets",
+    answers={201: answer(schemas.AssetView, "The file is stored.", Location="Where its bytes are.")},
+    refusals=(400, 413, 415, 422),
+    request_body={
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {"file": {"type": "string", "format": "binary"}},
+                }
+            }
+        },
+    },
+)
+def upload_asset() -> Response:
+    """Store a file for use in tasks, as `asset:<id>`."""
+    here = service()
+    owner = access.owner()
+    with read_upload(here.settings.max_upload_bytes) as upload:
+        # Under its digest: a repeated upload, or one whose record failed to be written, is the same object.
+        key = f"assets/{owner}/{upload.sha256}{upload.extension}"
+        here.storage.upload_file(key, upload.stream, content_type=upload.content_type, filename=upload.name)
+    asset = here.ledger.add_asset(
+        owner=owner,
+        key=key,
+        name=upload.name,
+        content_type=upload.content_type,
+        size_bytes=upload.size_bytes,
+        sha256=upload.sha256,
+    )
+    url = (
+        here.storage.get_url(key, filename=asset.name)
+        if here.storage.signs_urls
+        else _link("read_asset", key=key)
+    )
+    view = schemas.AssetView(
+        id=asset.id,
+        url=url,
+        key=asset.key,
+        name=asset.name,
+        content_type=asset.content_type,
+        size_bytes=asset.size_bytes,
+        sha256=asset.sha256,
+    )
+    return _json(view, 201, {"Location": url})
+
+
+@ROUTES.add(
+    "GET",
+    "/static/assets/<path:key>",
+    tag="Assets",
+    answers={
+        200: bytes_answer("The bytes.", ETag="The content's digest."),
+        206: bytes_answer("The range that was asked for.", Content_Range="Which bytes these are."),
+        304: empty_answer("The bytes are those of `If-None-Match`."),
+    },
+    refusals=(404, 410, 412, 416),
+)
+def read_asset(path: schemas.KeyPath) -> Response:
+    """Read a file of the local storage: one's own asset, or an output of one's own task."""
+    here = service()
+    unknown = Problem(404, detail="There is no such file.")
+    try:
+        key = check_key(path.key)
+    except InvalidKey:
+        raise unknown from None
+    if here.storage.signs_urls:
+        raise unknown
+    if (asset := here.ledger.find_asset(key)) and asset.owner == access.owner():
+        return _send(key, asset.content_type, asset.size_bytes, asset.sha256, asset.name)
+    # An attempt that lost its lease leaves files that no task names; those are nobody's.
+    if (found := here.ledger.find_output(key)) and found[0] == access.owner():
+        return _stored(found[1])
+    raise unknown
+
+
+@ROUTES.add(
+    "GET", "/task-types", tag="System", answers={200: answer(schemas.TaskTypes, "The registered task types.")}
+)
+def list_task_types() -> Response:
+    """List the task types, their queues and the schema of their params."""
+    found = [
+        schemas.TaskTypeView(
+            task_type=handler.task_type,
+            aliases=list(handler.aliases),
+            queue=handler.queue,
+            summary=handler.summary,
+            params_schema=handler.params_model.model_json_schema(),
+        )
+        for handler in service().registry
+    ]
+    return _json(schemas.TaskTypes(task_types=found))
+
+
+@ROUTES.add(
+    "GET",
+    "/health",
+    tag="System",
+    answers={200: answer(schemas.Health, "The process answers.")},
+    is_open=True,
+)
+def health() -> Response:
+    """Tell that this process lives; asks nobody else."""
+    return _json(schemas.Health(status="ok"))
+
+
+@ROUTES.add(
+    "GET",
+    "/ready",
+    tag="System",
+    answers={
+        200: answer(schemas.StatusView, "This process accepts tasks."),
+        503: answer(
+            schemas.StatusView, "The ledger is away, or the process is stopping.", Retry_After="Seconds."
+        ),
+    },
+    is_open=True,
+)
+def ready() -> Response:
+    """Tell whether this process can accept; 202 goes on without broker and workers."""
+    view = _status(full=access.holds_key())
+    return _json(view) if view.accepting else _json(view, 503, {"Retry-After": "2"})
+
+
+@ROUTES.add(
+    "GET",
+    "/status",
+    tag="System",
+    answers={200: answer(schemas.StatusView, "What works and what does not.")},
+    is_open=True,
+)
+def status() -> Response:
+    """Tell what works; queues, workers and servers are for key holders only."""
+    return _json(_status(full=access.holds_key()))
+
+
+@ROUTES.add("GET", "/openapi.json", is_open=True, documented=False)
+def openapi() -> Response:
+    """Answer the contract."""
+    document = cast("Contract", current_app).api_doc
+    return Response(json.dumps(document), content_type="application/json")
+
+
+@ROUTES.add("GET", "/", is_open=True, documented=False)
+def index() -> Response:
+    """Point on."""
+    pages = {name: _link(name) for name in ("docs", "openapi", "status")}
+    return Response(
+        json.dumps({"name": "GenPulse", "version": __version__, **pages}), content_type="application/json"
+    )
+
+
+def _refuse_server_address(params: dict[str, Any]) -> None:
+    # In the original system a caller could make the workers speak to any host by this.
+    if "server_address" in params:
+        reason = "is not the caller's to choose"
+        raise Problem(
+            422, "invalid_request", f"server_address {reason}.", errors=[("/params/server_address", reason)]
+        )
+
+
+def _known(task_id: str) -> str:
+    if not _UUID.match(task_id):
+        raise _unknown_task()
+    return task_id.lower()
+
+
+def _task(task_id: str) -> Task:
+    task = service().ledger.get(_known(task_id), access.owner())
+    if task is None:
+        raise _unknown_task()
+    return task
+
+
+def _unknown_task() -> Problem:
+    # The same for somebody else's task: its very existence is not the caller's business.
+    return Problem(404, detail="There is no task of this id.")
+
+
+def _position(task: Task) -> int | None:
+    return service().ledger.queue_position(task)
+
+
+def _view(task: Task) -> schemas.TaskView:
+    here = service()
+    live = here.live.progress(task.id) if task.status is TaskStatus.PROCESSING else None
+    position = _position(task)
+    return schemas.task_view(task, _link, live=live, position=position, reason=_wait_reason(task, position))
+
+
+def _wait_reason(task: Task, position: int | None) -> tuple[str, str] | None:
+    """Why a pending task waits, as far as one read of the workers' table tells."""
+    if task.status is not TaskStatus.PENDING:
+        return None
+    if task.bound_server:
+        return ("bound", "An earlier attempt's prompt is still on a server; the task goes on there.")
+    if task.attempt and task.available_at and task.available_at > task.updated_at:
+        return "backoff", "The last attempt failed; the next one is due soon."
+    serving = [worker for worker in service().ledger.workers() if task.queue in worker.queues]
+    if not serving:
+        return "no_worker", f"No worker serves the queue {task.queue} just now."
+    if not any(worker.consuming for worker in serving):
+        return ("no_server", f"The workers of the queue {task.queue} have no healthy server just now.")
+    if position is not None and position > 1:
+        return "queued", f"{position - 1} tasks go first."
+    return "next", "The task goes next."
+
+
+def _stored(output: Output) -> Response:
+    here = service()
+    if here.storage.signs_urls:
+        signed = here.storage.get_url(output.key, filename=output.name, content_type=output.content_type)
+        return Response(status=302, headers={"Location": signed, "Cache-Control": "no-store"})
+    return _send(output.key, output.content_type, output.size_bytes, output.sha256, output.name)
+
+
+def _send(key: str, content_type: str, size_bytes: int, sha256: str, name: str) -> Response:
+    try:
+        return send_stored(
+            service().storage, key, content_type=content_type, size_bytes=size_bytes, sha256=sha256, name=name
+        )
+    except ObjectNotFound:
+        raise Problem(410, detail="The file was deleted.") from None
+
+
+def _status(*, full: bool) -> schemas.StatusView:
+    here = service()
+    problems: list[str] = []
+    known: dict[str, Any] = {}
+    accepting = not here.is_stopping()
+    if not accepting:
+        problems.append("This process is stopping.")
+    try:
+        here.ledger.ping()
+        known |= _fleet(problems)
+    except LedgerUnavailable:
+        accepting = False
+        problems.append("The ledger does not answer.")
+    if not here.live.is_up():
+        problems.append("The broker does not answer; tasks are accepted and wait in the ledger.")
+    word: Literal["ok", "degraded", "down"]
+    word = "down" if not accepting else "degraded" if problems else "ok"
+    return schemas.StatusView(
+        status=word,
+        version=__version__,
+        accepting=accepting,
+        problems=problems if full else [],
+        **(known if full else {}),
+    )
+
+
+def _fleet(problems: list[str]) -> dict[str, Any]:
+    """Queues, workers and servers as the ledger knows them; adds to *problems* what is missing."""
+    here = service()
+    workers = here.ledger.workers()
+    counts = here.ledger.counts()
+    queues = {}
+    for name in here.registry.queues():
+        serving = [worker for worker in workers if name in worker.queues]
+        live = [worker for worker in serving if worker.consuming]
+        if not serving:
+            problems.append(f"No worker serves the queue {name}.")
+        elif not live:
+            problems.append(f"No worker of the queue {name} takes tasks just now.")
+        queues[name] = {
+            "pending": 0,
+            "processing": 0,
+            **counts.get(name, {}),
+            "workers": len(live),
+            "slots": sum(worker.slots for worker in live),
+        }
+    servers: dict[str, dict[str, Any]] = {}
+    for worker in workers:
+        for server in worker.servers:
+            entry = servers.setdefault(server["name"], {"healthy": False, "workers": 0})
+            entry["workers"] += 1
+            entry["healthy"] = entry["healthy"] or bool(server["healthy"])
+    problems.extend(
+        f"The server {name} is not healthy." for name, entry in servers.items() if not entry["healthy"]
+    )
+    return {
+        "queues": queues,
+        "workers": [
+            {
+                "name": worker.name,
+                "queues": list(worker.queues),
+                "slots": worker.slots,
+                "consuming": worker.consuming,
+                "version": worker.version,
+                "started_at": worker.started_at,
+                "seen_at": worker.seen_at,
+            }
+            for worker in workers
+        ],
+        "servers": servers,
+    }
+
+
+def _link(view: str, **values: Any) -> str:
+    """The address of a view, below the mount (root or ``/v1``) that this request came in by."""
+    path = url_for(f"{request.blueprint or 'api'}.{view}", **values)
+    public = service().settings.public_url
+    if not public:
+        return request.host_url.rstrip("/") + path
+    # Behind a proxy that strips a prefix, the public address has it and our path does not.
+    return public.rstrip("/") + path.removeprefix(request.script_root or "\0")
+
+
+def _json(view: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(view.model_dump_json(), status=status, headers=headers, content_type="application/json")
+
+
+def _with_etag(answer: Response) -> Response:
+    answer.set_etag(hashlib.sha256(answer.get_data()).hexdigest()[:32])
+    answer.headers["Cache-Control"] = "private, no-cache"
+    answer.make_conditional(request)
+    return answer

@@ -1,0 +1,242 @@
+"""
+What comes in, read strictly and within bounds: JSON bodies and uploaded files.
+
+JSON that one reader takes for this and another for that is refused here, before anybody acts on
+it: repeated keys, ``NaN``, numbers no other program can hold, lone surrogates, NUL characters
+(PostgreSQL keeps neither in text) and nesting without end. Files go through a temporary file, so
+memory stays the same whatever their size, and their type is read from their bytes, not from what
+the caller says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import re
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NoReturn, cast
+
+import filetype  # type: ignore[import-untyped]  # has no annotations
+from flask import request
+from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
+
+from genpulse.storage import clean_filename
+from genpulse.web.problems import Problem, pointer
+
+__all__ = ["MAX_DEPTH", "Upload", "check_values", "read_json", "read_upload", "sniff_type"]
+
+MAX_DEPTH = 64
+"""Deepest nesting of a JSON body; workflows of real life stay under ten."""
+
+_NUMBERS = (-(2**63), 2**64 - 1)
+"""Whole numbers every reader keeps exactly; ComfyUI's seeds go up to the upper end."""
+
+_SURROGATES = re.compile("[\ud800-\udfff]")
+_CHUNK_BYTES = 64 * 1024
+_SPOOL_BYTES = 512 * 1024
+_HEAD_BYTES = 8192
+_PART_HEADER_BYTES = 256 * 1024
+_MAX_PARTS = 8
+
+
+def read_json() -> Any:
+    """
+    The request's JSON body.
+
+    Raises:
+        Problem: 415 for another media type, 413 above the app's ``MAX_CONTENT_LENGTH`` (counted
+            while reading, so a chunked body is bounded as well), 400 ``invalid_json`` for what is
+            not JSON, 422 ``invalid_request`` for JSON that could not be kept.
+    """
+    if request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
+        raise Problem(415, detail="Send the body as application/json.")
+    if request.mimetype_params.get("charset", "utf-8").lower() not in {"utf-8", "utf8"}:
+        raise Problem(415, detail="JSON is UTF-8; send no other charset.")
+    if request.headers.get("Content-Encoding", "identity").lower() != "identity":
+        raise Problem(415, detail="Send the body without a Content-Encoding.")
+    raw = request.get_data(cache=False)
+    try:
+        value = _DECODER.decode(raw.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise _invalid_json("The body is not valid UTF-8.") from None
+    except json.JSONDecodeError as error:
+        raise _invalid_json(
+            f"The body is not JSON: {error.msg} at line {error.lineno}, column {error.colno}."
+        ) from None
+    except RecursionError:
+        raise _too_deep() from None
+    check_values(value)
+    return value
+
+
+def check_values(value: Any) -> None:
+    """
+    Refuse a JSON value that could not be stored or sent on.
+
+    Raises:
+        Problem: 422 with the place of a NUL character, half a surrogate pair, a number beyond 64
+            bits, or nesting deeper than :data:`MAX_DEPTH`.
+    """
+    _check(value, [])
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """A received file: open at its start, hashed, its type read from its content."""
+
+    stream: BinaryIO
+    name: str
+    size_bytes: int
+    sha256: str
+    content_type: str
+    extension: str
+    """With its dot, or empty where the type has none we trust."""
+
+
+@contextlib.contextmanager
+def read_upload(max_bytes: int) -> Iterator[Upload]:
+    """
+    The one part named ``file`` of a ``multipart/form-data`` body, for as long as the block lasts.
+
+    Raises:
+        Problem: 415 for another media type, 413 above *max_bytes*, 400 for a broken form, 422 for
+            a form without a part ``file``, with two of them, or with an empty one.
+    """
+    boundary = request.mimetype_params.get("boundary", "")
+    if request.mimetype != "multipart/form-data":
+        raise Problem(415, detail="Send the file as multipart/form-data, in a part named file.")
+    if not boundary or not boundary.isascii() or len(boundary) > 200:
+        raise Problem(400, "invalid_form", "The multipart boundary is missing or unusable.")
+    # The form's own lines come on top of the file's bytes.
+    request.max_content_length = max_bytes + _PART_HEADER_BYTES
+    with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:
+        stream = cast("BinaryIO", spool)
+        yield _receive(stream, boundary.encode("ascii"), max_bytes)
+
+
+def sniff_type(head: bytes) -> tuple[str, str]:
+    """Content type and extension (with its dot) of a file that begins with *head*."""
+    kind = filetype.guess(head)
+    if kind is not None:
+        return str(kind.mime), f".{kind.extension}"
+    # A cut through the last character is no reason to call a text binary.
+    with contextlib.suppress(UnicodeDecodeError):
+        text = head.decode("utf-8") if len(head) < _HEAD_BYTES else head[:-4].decode("utf-8", "ignore")
+        if text and "\ufffd" not in text and not re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text):
+            return "text/plain", ".txt"
+    return "application/octet-stream", ""
+
+
+def _receive(spool: BinaryIO, boundary: bytes, max_bytes: int) -> Upload:
+    digest = hashlib.sha256()
+    head = b""
+    size = 0
+    name: str | None = None
+    in_file = False
+    # Bounds what is held at one time: a part's headers, or the bytes that may start a boundary.
+    decoder = MultipartDecoder(boundary, _PART_HEADER_BYTES, max_parts=_MAX_PARTS)
+    try:
+        for event in _events(decoder):
+            if isinstance(event, File | Field):
+                in_file = event.name == "file" and isinstance(event, File)
+                if in_file and name is not None:
+                    raise Problem(422, detail="Send one file at a time.", errors=[("/file", "given twice")])
+                if isinstance(event, File) and in_file:
+                    name = event.filename
+            elif isinstance(event, Data) and in_file:
+                size += len(event.data)
+                if size > max_bytes:
+                    raise Problem(413, detail=f"The file is larger than {max_bytes} bytes.")
+                head += event.data[: _HEAD_BYTES - len(head)]
+                digest.update(event.data)
+                spool.write(event.data)
+    except (ValueError, UnicodeDecodeError):
+        raise Problem(400, "invalid_form", "The multipart form is broken.") from None
+    except RequestEntityTooLarge:
+        raise Problem(413, detail=f"The form is larger than a file of {max_bytes} bytes needs.") from None
+    if name is None:
+        raise Problem(422, detail="The form has no part named file.", errors=[("/file", "is required")])
+    if not size:
+        raise Problem(422, detail="The file is empty.", errors=[("/file", "is empty")])
+    spool.seek(0)
+    content_type, extension = sniff_type(head)
+    return Upload(spool, clean_filename(name) or "file", size, digest.hexdigest(), content_type, extension)
+
+
+def _events(decoder: MultipartDecoder) -> Iterator[File | Field | Data]:
+    stream = request.stream
+    while True:
+        event = decoder.next_event()
+        if isinstance(event, Epilogue):
+            return
+        if isinstance(event, NeedData):
+            decoder.receive_data(stream.read(_CHUNK_BYTES) or None)
+        elif isinstance(event, File | Field | Data):
+            yield event
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise _invalid_json("An object of the body has the same key twice.")
+    return found
+
+
+def _constant(name: str) -> NoReturn:
+    raise _invalid_json(f"{name} is not JSON.")
+
+
+def _integer(text: str) -> int:
+    # Python refuses to read more than 4,300 digits, and takes long for what is just below.
+    if len(text) > 40:
+        raise Problem(422, detail="A number of the body is beyond 64 bits.")
+    return int(text)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_int=_integer)
+
+
+def _check(value: Any, path: list[str | int]) -> None:
+    """Refuse what could not be stored or sent on, with its place. *path* is where *value* stands."""
+    if isinstance(value, str):
+        _check_text(value, path)
+    elif isinstance(value, dict | list):
+        if len(path) >= MAX_DEPTH:
+            raise _too_deep()
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(key, str):
+                _check_text(key, path)
+            path.append(key)
+            _check(item, path)
+            path.pop()
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise _refused(path, "is too large a number")
+    elif isinstance(value, int) and not _NUMBERS[0] <= value <= _NUMBERS[1]:
+        raise _refused(path, "is a number beyond 64 bits")
+
+
+def _check_text(text: str, path: list[str | int]) -> None:
+    if "\0" in text:
+        raise _refused(path, "has a NUL character, which cannot be stored")
+    if not text.isascii() and _SURROGATES.search(text):
+        raise _refused(path, "has half of a surrogate pair, which is no character")
+
+
+def _refused(path: list[str | int], reason: str) -> Problem:
+    # A pointer may go through the very key that is refused.
+    where = _SURROGATES.sub("\ufffd", pointer(path).replace("\0", "\ufffd"))[:500]
+    return Problem(422, "invalid_request", f"{where or 'The body'} {reason}.", errors=[(where, reason)])
+
+
+def _too_deep() -> Problem:
+    return Problem(422, "invalid_request", f"The body is nested deeper than {MAX_DEPTH} levels.")
+
+
+def _invalid_json(detail: str) -> Problem:
+    return Problem(400, "invalid_json", detail)

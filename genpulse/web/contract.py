@@ -1,0 +1,240 @@
+"""
+The routes as data: each with its models, its answers and who may call it.
+
+One table serves three ends that must not differ: the rules Flask routes by, at the root and again
+under ``/v1``; the checks before a view runs; and the published OpenAPI document. flask-openapi
+makes the document from the annotations of the views. The reading of requests is our own, because
+it has to refuse what ``json.loads`` and pydantic would let through.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, get_type_hints
+
+from flask import Response, request
+from flask_openapi.blueprint import APIBlueprint
+from flask_openapi.openapi import OpenAPI
+from pydantic import BaseModel, ValidationError
+from pydantic.json_schema import models_json_schema
+
+from genpulse import __version__
+from genpulse.web import problems
+from genpulse.web.bodies import check_values, read_json
+from genpulse.web.problems import Problem, validation_problem
+from genpulse.web.schemas import ProblemView
+
+__all__ = ["Contract", "Route", "Routes", "answer", "bytes_answer", "empty_answer"]
+
+V = TypeVar("V", bound=Callable[..., Any])
+
+VERSION_PREFIX = "/v1"
+
+_REF = "#/components/schemas/{model}"
+
+_DESCRIPTION = """
+A durable task service in front of ComfyUI. 202 on `POST /task` means that the task is recorded and
+will reach a final state. Everything is mounted at the root and again under `/v1`. Errors are
+`application/problem+json` (RFC 9457) with a machine-readable `code`.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One operation: a method on a rule, and the view behind it."""
+
+    method: str
+    rule: str
+    view: Callable[..., Any]
+    is_open: bool
+    documented: bool
+    docs: dict[str, Any] = field(default_factory=dict)
+
+
+class Routes:
+    """A table of routes, filled by decorators when the module of the views is imported."""
+
+    def __init__(self) -> None:
+        self._routes: list[Route] = []
+
+    def __iter__(self) -> Any:
+        return iter(self._routes)
+
+    def add(
+        self,
+        method: str,
+        rule: str,
+        *,
+        tag: str = "",
+        answers: dict[int, dict[str, Any]] | None = None,
+        refusals: Iterable[int] = (),
+        is_open: bool = False,
+        documented: bool = True,
+        request_body: dict[str, Any] | None = None,
+    ) -> Callable[[V], V]:
+        """
+        Decorate a view: its parameters ``path``, ``query``, ``header`` and ``body`` are checked first.
+
+        Args:
+            answers: The good answers by status, made with :func:`answer` or :func:`bytes_answer`.
+            refusals: Statuses of the problem documents it may answer; those that every operation
+                may answer are added.
+            is_open: Whether it answers without an API key.
+            documented: Whether the OpenAPI document has it.
+            request_body: The body's place in the document where the view reads it by itself.
+        """
+        usual = {403, 500} | (set() if is_open else {401, 503})
+
+        def decorate(view: V) -> V:
+            docs: dict[str, Any] = {
+                "summary": (inspect.getdoc(view) or "").partition("\n")[0],
+                "description": (inspect.getdoc(view) or "").partition("\n")[2].strip() or None,
+                "operation_id": view.__name__,
+                "tags": [{"name": tag}] if tag else [],
+                "security": None if is_open else [{"bearer": []}],
+                "responses": {
+                    **(answers or {}),
+                    **{status: _problem(status) for status in sorted({*refusals, *usual})},
+                },
+            }
+            if request_body:
+                docs["request_body"] = request_body
+            self._routes.append(Route(method.lower(), rule, _checked(view), is_open, documented, docs))
+            return view
+
+        return decorate
+
+    def blueprint(self, name: str, *, documented: bool) -> APIBlueprint:
+        """The routes as a blueprint to be mounted once; *name* must differ between mounts."""
+        found = APIBlueprint(name, __name__, doc_ui=documented)
+        for route in self._routes:
+            docs = {key: value for key, value in route.docs.items() if value is not None}
+            register = getattr(found, route.method)
+            register(route.rule, doc_ui=route.documented, endpoint=route.view.__name__, **docs)(route.view)
+        return found
+
+    def open_views(self) -> frozenset[str]:
+        """Names of the views that answer without a key."""
+        return frozenset(route.view.__name__ for route in self._routes if route.is_open)
+
+
+class Contract(OpenAPI):
+    """The Flask application whose ``api_doc`` is the contract."""
+
+    def __init__(self, import_name: str, routes: Routes, models: Iterable[type[BaseModel]]) -> None:
+        super().__init__(
+            import_name,
+            info={"title": "GenPulse", "version": __version__, "description": _DESCRIPTION.strip()},
+            security_schemes={"bearer": {"type": "http", "scheme": "bearer"}},
+            validation_error_model=ProblemView,
+            doc_ui=False,
+            static_folder=None,
+        )
+        self.openapi_version = "3.1.0"
+        self._models = tuple(models)
+        # Two mounts of one table: the document has each operation once, with both as its servers.
+        self.register_api(routes.blueprint("api", documented=True))
+        self.register_api(routes.blueprint("v1", documented=False), url_prefix=VERSION_PREFIX)
+
+    def generate_spec_json(self) -> None:
+        """Build the document, then put right what flask-openapi loses or adds."""
+        super().generate_spec_json()  # type: ignore[no-untyped-call]  # the library has no annotation here
+        # Its Schema class knows a fixed list of JSON Schema words and drops all others.
+        _, schema = models_json_schema(
+            [(model, "serialization") for model in self._models], ref_template=_REF
+        )
+        self.spec_json["components"]["schemas"] = schema["$defs"]
+        self.spec_json["servers"] = [{"url": "/"}, {"url": VERSION_PREFIX}]
+        for item in self.spec_json["paths"].values():
+            for operation in item.values():
+                # Added to every operation, also where nothing can be invalid.
+                if "application/json" in operation["responses"].get("422", {}).get("content", {}):
+                    del operation["responses"]["422"]
+
+
+def answer(model: type[BaseModel], description: str, **headers: str) -> dict[str, Any]:
+    """A JSON answer of the document; *headers* by name (``_`` for ``-``) with what they say."""
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    return {
+        "description": description,
+        "content": {"application/json": {"schema": schema}},
+        **_headers(headers),
+    }
+
+
+def bytes_answer(description: str, **headers: str) -> dict[str, Any]:
+    """An answer of any media type."""
+    return {"description": description, "content": {"*/*": {"schema": {}}}, **_headers(headers)}
+
+
+def empty_answer(description: str, **headers: str) -> dict[str, Any]:
+    """An answer without a body."""
+    return {"description": description, **_headers(headers)}
+
+
+def _headers(headers: dict[str, str]) -> dict[str, Any]:
+    found = {
+        name.replace("_", "-"): {"description": text, "schema": {"type": "string"}}
+        for name, text in headers.items()
+    }
+    return {"headers": found} if found else {}
+
+
+def _problem(status: int) -> dict[str, Any]:
+    schema = {"$ref": _REF.format(model=ProblemView.__name__)}
+    headers = {"Retry_After": "Seconds to wait."} if status in {429, 503} else {}
+    return {
+        "description": problems.title(status),
+        "content": {problems.CONTENT_TYPE: {"schema": schema}},
+        **_headers(headers),
+    }
+
+
+def _checked(view: Callable[..., Any]) -> Callable[..., Any]:
+    """Read and check what the view's annotations ask for, then call it with the models."""
+    models = {
+        name: model
+        for name, model in get_type_hints(view).items()
+        if name in {"path", "query", "header", "body"}
+    }
+
+    @functools.wraps(view)
+    def run(**path: Any) -> Response | Any:
+        given: dict[str, Any] = {}
+        if "path" in models:
+            try:
+                given["path"] = models["path"].model_validate(path)
+            except ValidationError:
+                # An id that cannot be one is as unknown as one that is not.
+                raise Problem(404, detail="There is nothing at this address.") from None
+        if "query" in models:
+            given["query"] = _validated(models["query"], _query(), "query")
+        if "header" in models:
+            wanted = [info.alias or name for name, info in models["header"].model_fields.items()]
+            found = {name: request.headers[name] for name in wanted if name in request.headers}
+            given["header"] = _validated(models["header"], found, "header")
+        if "body" in models:
+            given["body"] = _validated(models["body"], read_json(), "")
+        return view(**given)
+
+    run.__delay_validate_request__ = True  # type: ignore[attr-defined]  # flask-openapi's word for "not yours"
+    return run
+
+
+def _query() -> dict[str, str]:
+    repeated = [name for name, values in request.args.lists() if len(values) > 1]
+    if repeated:
+        raise Problem(422, detail="A query parameter is given twice.", errors=[("query", "given twice")])
+    found = request.args.to_dict()
+    check_values(found)
+    return found
+
+
+def _validated(model: type[BaseModel], value: Any, place: str) -> BaseModel:
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise validation_problem(error, place=place) from None

@@ -1,0 +1,50 @@
+"""
+How gunicorn serves the API: ``gunicorn -c python:genpulse.web.gunicorn_conf "genpulse.web:create_app()"``.
+
+Threads, because requests wait for a database and never for a GPU. The relay and the sweeper start
+after the fork, in each worker: a thread of the parent that was inside SQLite while it forked would
+leave the child locked for ever.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from genpulse.config import Settings
+from genpulse.tasks import background
+
+_settings = Settings.from_env()
+
+bind = (
+    f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
+)
+worker_class = "gthread"
+workers = _settings.api_workers
+threads = _settings.api_threads
+preload_app = False
+timeout = 60
+graceful_timeout = 10
+keepalive = 20
+if Path("/dev/shm").is_dir():
+    # Heartbeats go to memory where there is some: a slow disk must not look like a hung worker.
+    worker_tmp_dir = "/dev/shm"
+loglevel = _settings.log_level.lower()
+accesslog = None
+forwarded_allow_ips = "127.0.0.1,::1"
+
+
+def post_worker_init(worker: Any) -> None:
+    """In the forked worker, with its application loaded: start relay and sweeper, and let views wake them."""
+    service = worker.wsgi.extensions["genpulse"]
+    worker.genpulse_background = background.start_in_api(service.settings)
+    service.wake = worker.genpulse_background.wake
+    # gunicorn calls no hook for SIGTERM; its own flag is what changes.
+    service.is_stopping = lambda: not worker.alive
+
+
+def worker_exit(_server: Any, worker: Any) -> None:
+    """About to end: the threads must not be in the middle of a transaction."""
+    running = getattr(worker, "genpulse_background", None)
+    if running is not None:
+        running.stop()

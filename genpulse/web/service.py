@@ -1,0 +1,44 @@
+"""What a request can reach: one object, built by ``create_app`` and kept with the application."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from flask import current_app
+
+if TYPE_CHECKING:
+    from genpulse.config import Settings
+    from genpulse.ledger import Ledger
+    from genpulse.live import Live
+    from genpulse.storage import StorageProvider
+    from genpulse.tasks.registry import Registry
+
+__all__ = ["OWNER", "Service", "service"]
+
+OWNER = "default"
+"""Who the tasks of the single key, and of a server without one, belong to."""
+
+
+def _nobody() -> None:
+    """Until a background thread is attached, a sweeper elsewhere picks new tasks up."""
+
+
+@dataclass(slots=True)
+class Service:
+    """The collaborators of the views. ``wake`` tells the relay that a task was committed."""
+
+    settings: Settings
+    ledger: Ledger
+    storage: StorageProvider
+    live: Live
+    registry: Registry
+    wake: Callable[[], None] = field(default=_nobody)
+    is_stopping: Callable[[], bool] = field(default=lambda: False)
+    """Whether the process was told to stop: ``/ready`` says so while requests in flight end."""
+
+
+def service() -> Service:
+    """The current application's :class:`Service`."""
+    return cast("Service", current_app.extensions["genpulse"])
