@@ -28,7 +28,7 @@ class WorkerChannel(redis.Channel):
     def _brpop_read(self, **options: Any) -> Any:
         # 5.7.0: the item is out of the list already; the error would end the worker.
         try:
-            return super()._brpop_read(**options)
+            return super()._brpop_read(**options)  # type: ignore[misc]  # the stubs leave it out
         except ValueError as error:
             log.warning("message_dropped: no JSON in the queue: %s", type(error).__name__)
             raise Empty from None
@@ -44,13 +44,14 @@ class WorkerTransport(redis.Transport):
 
     Channel = WorkerChannel
 
-    def _deliver(self, message: Any, queue: str) -> None:
+    def _deliver(self, message: Any, queue: str | None) -> None:
         if (problem := _problem(message)) is not None:
             log.warning("message_dropped: %s, in the queue %s", problem, queue)
             return
+        lost: tuple[Any, ...] = (*self.connection_errors, *self.channel_errors, OSError)
         try:
             super()._deliver(message, queue)
-        except (*self.connection_errors, *self.channel_errors, OSError):
+        except lost:  # Celery connects anew
             raise
         except Exception:
             log.exception("message_dropped: Celery cannot handle it, in the queue %s", queue)

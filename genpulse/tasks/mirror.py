@@ -156,10 +156,11 @@ def write_to_ledger(task_id: str, worker: str | None) -> None:
         LedgerUnavailable: The database did not answer.
     """
     from genpulse.config import Settings
-    from genpulse.ledger import Ledger, fork_lock
+    from genpulse.ledger import fork_lock
+    from genpulse.tasks.wiring import open_ledger
 
     with fork_lock:
-        ledger = Ledger.connect(Settings.from_env().ledger_url)
+        ledger = open_ledger(Settings.from_env())
         try:
             if worker is None:
                 ledger.cancel(task_id)
