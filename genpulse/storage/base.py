@@ -182,9 +182,12 @@ class StorageProvider(ABC):
             StorageUnavailable: Says what is missing, without a secret.
         """
 
+    @abstractmethod
     def collect_leftovers(self, older_than_s: float) -> int:
         """Remove what crashed uploads left behind and nobody writes to; returns how many."""
-        return 0
+
+    def close(self) -> None:  # noqa: B027 - a directory has nothing to close
+        """Give back connections. The next call would open new ones."""
 
     # What a backend adds.
 

@@ -204,6 +204,12 @@ class S3Storage(StorageProvider):
                         removed += 1
         return removed
 
+    def close(self) -> None:
+        """Close this process's connections."""
+        made, self._made = self._made, None
+        if made and made[0] == os.getpid():
+            made[1].close()
+
     @contextlib.contextmanager
     def _stage(self) -> Iterator[IO[bytes]]:
         with tempfile.SpooledTemporaryFile(_SPOOL_BYTES) as staged:
