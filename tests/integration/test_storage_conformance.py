@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -153,29 +154,15 @@ class StorageConformance:
         assert get(storage, "x") == b"short"
         assert storage.stat("x") == StoredObject("x", 5, "text/plain", hashlib.sha256(b"short").hexdigest())
 
-    @pytest.mark.parametrize(
-        ("start", "length"),
-        [
-            (0, 1),
-            (0, 5000),
-            (0, 10_000),
-            (10, None),
-            (10, 20),
-            (5127, 1),
-            (5127, 9),
-            (5128, 1),
-            (9999, None),
-            (7, 0),
-        ],
-    )
-    def test_a_window_gives_just_those_bytes(
-        self, storage: StorageProvider, start: int, length: int | None
-    ) -> None:
+    def test_a_window_gives_just_those_bytes(self, storage: StorageProvider) -> None:
         """A window is cut at the object's end; one that lies behind it is empty."""
         put(storage, "x", PNG)
 
         assert len(PNG) == 5128
-        assert get(storage, "x", start=start, length=length) == PNG[start:][:length]
+        for start, length in [(0, 1), (0, 5000), (0, 9999), (10, None), (10, 20), (5127, 1), (5127, 9)]:
+            assert get(storage, "x", start=start, length=length) == PNG[start:][:length]
+        for start, length in [(5128, 1), (9999, None), (9999, 1), (7, 0)]:
+            assert get(storage, "x", start=start, length=length) == b""
 
     def test_a_window_of_an_empty_object_is_empty(self, storage: StorageProvider) -> None:
         """An empty object has no bytes, wherever one looks."""
@@ -244,20 +231,14 @@ class StorageConformance:
 
         assert sorted(storage.keys("many/")) == wanted
 
-    @pytest.mark.parametrize(
-        "key", ["", "/etc/passwd", "../x", "a/../b", "a//b", "a/", ".", "a\\b", "a\0b", "a\nb"]
-    )
-    def test_a_bad_key_is_refused_everywhere(self, storage: StorageProvider, key: str) -> None:
+    def test_a_bad_key_is_refused_everywhere(self, storage: StorageProvider) -> None:
         """No operation takes a key that could mean another place."""
-        for call in (
-            lambda: put(storage, key, b""),
-            lambda: storage.open(key),
-            lambda: storage.stat(key),
-            lambda: storage.delete_file(key),
-            lambda: storage.get_url(key),
-        ):
+        for key in ("", "/etc/passwd", "../x", "a/../b", "a//b", "a/", ".", "a\\b", "a\0b", "a\nb"):
+            for call in (storage.open, storage.stat, storage.delete_file, storage.get_url):
+                with pytest.raises(InvalidKey):
+                    call(key)
             with pytest.raises(InvalidKey):
-                call()
+                put(storage, key, b"")
 
     @settings(max_examples=25, deadline=None, suppress_health_check=_INHERITED)
     @given(
@@ -294,9 +275,11 @@ class StorageConformance:
 
 
 class ConcurrentConformance:
-    """What a backend promises to users of one key at a time.
+    """
+    What a backend promises to those who use one key at the same time.
 
-    Not asked of the verifying server, which replaces an object's bytes and its description one after the other.
+    Not asked of the verifying server, which replaces an object's bytes and their description one
+    after the other.
     """
 
     def test_writers_of_one_key_do_not_mix(self, storage: StorageProvider) -> None:
@@ -423,7 +406,7 @@ class TestS3OnAVerifyingServer(ProcessConformance, S3Conformance):
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[int]:
-    """The port of a moto server, which knows virtual hosts, SigV2 and checksums, and verifies no signature."""
+    """The port of a moto server: knows virtual hosts, SigV2 and checksums, verifies no signature."""
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication
     from moto.server import ThreadedMotoServer
 
@@ -471,9 +454,7 @@ class MotoConformance(ConcurrentConformance, S3Conformance):
             "access_key_id": "AKIAGENPULSETEST",
             "secret_access_key": "genpulse-test-secret",
         }
-        maker = S3Storage(**found)
-        maker._client.create_bucket(Bucket=found["bucket"])
-        maker.close()
+        requests.put(f"{found['endpoint_url']}/{found['bucket']}", timeout=10).raise_for_status()
         endpoint = {"endpoint_url": self.endpoint_url.format(port=moto)}
         return found | endpoint | {"provider": self.provider, "multipart_bytes": 5 * MIB}
 
