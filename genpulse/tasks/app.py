@@ -138,6 +138,9 @@ def node_name(queue_names: tuple[str, ...], pid: int, host: str) -> str:
     return f"genpulse-{'+'.join(queue_names)}-{pid}@{host}"
 
 
+_node = f"celery@{socket.gethostname()}"
+
+
 def _asked_queues(conf: Any, options: Any) -> tuple[str, ...]:
     """``-Q``, or every queue that a task type is routed to."""
     asked = options.get("queues")
@@ -154,6 +157,9 @@ def _on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None
         _stop(error)
     if reason := refusal(settings):
         _stop(reason)
+    from genpulse.tasks import background
+
+    background.prepare_drain()  # before the first fork: the children see the same byte
     asked = _asked_queues(conf, options)
     servers = [server.name for server in settings.servers]
     if not options.get("concurrency"):
@@ -161,12 +167,19 @@ def _on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None
     host = socket.gethostname()
     if instance.hostname == f"celery@{host}" and not _names_the_node(sys.argv):
         instance.hostname = node_name(asked, os.getpid(), host)
+    from genpulse.tasks import background
+
+    background.prepare_drain()
+    global _node  # noqa: PLW0603 - the children inherit it: Celery's signal in them names no worker
+    _node = instance.hostname
 
 
 def _names_the_node(argv: list[str]) -> bool:
     """Whether the command line has Celery's ``-n`` or ``--hostname``."""
     return any(
-        word == "--hostname" or word.startswith("--hostname=") or (word.startswith("-n") and word[:3] != "--n")
+        word == "--hostname"
+        or word.startswith("--hostname=")
+        or (word.startswith("-n") and word[:3] != "--n")
         for word in argv
     )
 
@@ -198,11 +211,11 @@ def _on_worker_ready(sender: Any = None, **_: Any) -> None:
     background.start_in_worker(sender)
 
 
-def _on_worker_process_init(**_: Any) -> None:
+def _on_worker_process_init(sender: Any = None, **_: Any) -> None:
     from genpulse.tasks import mirror, runner
 
     mirror.forget_parent()
-    runner.start_child()
+    runner.start_child(str(sender))
 
 
 def _on_worker_process_shutdown(**_: Any) -> None:

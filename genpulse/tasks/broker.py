@@ -48,11 +48,14 @@ class WorkerTransport(redis.Transport):
         if (problem := _problem(message)) is not None:
             log.warning("message_dropped: %s, in the queue %s", problem, queue)
             return
-        lost: tuple[Any, ...] = (*self.connection_errors, *self.channel_errors, OSError)
+        lost: tuple[Any, ...] = (*self.connection_errors, *self.channel_errors)
         try:
             super()._deliver(message, queue)
-        except lost:  # Celery connects anew
-            raise
+        except lost as error:
+            # kombu counts a KeyError as a lost connection, and the message's content can raise one.
+            if not isinstance(error, KeyError):
+                raise
+            log.warning("message_dropped: Celery misses %s in it, in the queue %s", error, queue)
         except Exception:
             log.exception("message_dropped: Celery cannot handle it, in the queue %s", queue)
 
@@ -131,6 +134,6 @@ def _problem(message: Any) -> str | None:
     if not (isinstance(headers["task"], str) and isinstance(headers.get("id"), str)):
         return "no task id"
     limits = headers.get("timelimit")
-    if limits is not None and not (isinstance(limits, list) and len(limits) == 2):  # noqa: PLR2004 - hard and soft
+    if limits is not None and not (isinstance(limits, list) and len(limits) == 2):  # soft and hard
         return "strange limits"
     return None

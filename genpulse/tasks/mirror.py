@@ -60,6 +60,13 @@ class MirroredRedisBackend(RedisBackend):
         nothing = {"task_id": task_id, "status": "PENDING", "result": None}
         return self._harmless(lambda: read(task_id, *args, **kwargs), nothing)
 
+    def _set(self, key: str, value: Any, expires: int | None = None) -> None:
+        # The base class uses SETEX, which redis-py 8 deprecates.
+        with self.client.pipeline() as pipe:
+            pipe.set(key, value, ex=(self.expires if expires is None else expires) or None)  # type: ignore[attr-defined]
+            pipe.publish(key, value)
+            pipe.execute()
+
     def on_task_call(self, producer: Any, task_id: str) -> None:
         """Subscribe to nothing: the base class would hold one channel for each task, for ever."""
 
@@ -138,7 +145,9 @@ class ParentNotes:
                 self._act(task_id, worker)
             except Exception as error:  # noqa: BLE001 - the edge of a thread; the lease's end says the same
                 if self._stopping.is_set() or time.monotonic() + pause > until:
-                    log.warning("note_not_written: %s of %s: %r", "lease" if worker else "cancel", task_id, error)
+                    log.warning(
+                        "note_not_written: %s of %s: %r", "lease" if worker else "cancel", task_id, error
+                    )
                     return
                 self._stopping.wait(pause)
                 pause = min(2 * pause, 2.0)

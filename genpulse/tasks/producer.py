@@ -7,6 +7,7 @@ an error, never a hang; what a failed call may have sent anyway is a duplicate h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -165,10 +166,8 @@ class Producer:
     def _drop(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
-            try:
+            with contextlib.suppress(Exception):  # it is being thrown away because it failed
                 connection.collect(socket_timeout=0.1)
-            except Exception:  # noqa: BLE001, S110 - it is being thrown away because it failed
-                pass
 
 
 def _producer_app(url: str) -> Celery:
@@ -218,9 +217,9 @@ class RunwayView:
             if tags:
                 delivered = cast("list[Any]", self._client.hmget("unacked", tags))
                 ids.update(found for entry in delivered if entry and (found := _delivered_id(entry)))
-            return ids
         except (redis.RedisError, OSError) as error:
             raise BrokerUnavailable(f"the runway cannot be read: {type(error).__name__}") from error
+        return ids
 
     def counts(self, names: Iterable[str]) -> dict[str, int]:
         """Waiting messages by queue; raises :class:`BrokerUnavailable`."""

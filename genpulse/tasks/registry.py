@@ -24,7 +24,15 @@ if TYPE_CHECKING:
     from genpulse.model import NewOutput, Task
     from genpulse.tasks.runner import AttemptContext
 
-__all__ = ["ENTRY_POINTS", "BaseHandler", "Registry", "RegistryError", "default_registry", "handler", "task_name"]
+__all__ = [
+    "ENTRY_POINTS",
+    "BaseHandler",
+    "Registry",
+    "RegistryError",
+    "default_registry",
+    "handler",
+    "task_name",
+]
 
 ENTRY_POINTS = "genpulse.handlers"
 
@@ -148,7 +156,9 @@ class Registry:
             RegistryError: Names the entry point that could not be loaded.
         """
         found: list[type[BaseHandler]] = []
-        for entry in sorted(importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+        for entry in sorted(
+            importlib.metadata.entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name
+        ):
             try:
                 target = entry.load()
             except Exception as error:
@@ -190,7 +200,9 @@ class Registry:
     def queues(self) -> tuple[str, ...]:
         """The queues some task type is routed to: those of the table first."""
         used = {found.queue for found in self._by_type.values()}
-        return tuple(name for name in queues.QUEUES if name in used) + tuple(sorted(used - queues.QUEUES.keys()))
+        return tuple(name for name in queues.QUEUES if name in used) + tuple(
+            sorted(used - queues.QUEUES.keys())
+        )
 
 
 @functools.cache
@@ -209,7 +221,8 @@ def _check(cls: type[BaseHandler]) -> None:
         if not _TASK_TYPE.fullmatch(name):
             msg = f"{_place(cls)}: {name!r} cannot be a task type (lower-case letters, digits, '.', '_', '-')"
             raise RegistryError(msg)
-    if not (isinstance(cls.params_model, type) and issubclass(cls.params_model, pydantic.BaseModel)):
+    model: object = cls.params_model
+    if not (isinstance(model, type) and issubclass(model, pydantic.BaseModel)):
         msg = f"{_place(cls)}: params_model is not a pydantic model"
         raise RegistryError(msg)
     if missing := sorted(cls.__abstractmethods__):

@@ -18,17 +18,20 @@ from genpulse.testing.services import FaultProxy, Mode
 
 
 def new_ids(count: int) -> list[str]:
+    """Fresh task ids."""
     return [str(uuid.uuid4()) for _ in range(count)]
 
 
 @pytest.fixture
 def client(valkey_url: str) -> Iterator[Any]:
+    """A plain client of the same Redis."""
     with redis.Redis.from_url(valkey_url) as found:
         yield found
 
 
 @pytest.fixture
 def producer(valkey_url: str) -> Iterator[Producer]:
+    """What the relay sends with."""
     found = Producer(Settings.build(redis_url=valkey_url))
     yield found
     found.close()
@@ -39,7 +42,9 @@ def test_each_message_lies_in_the_list_of_its_queue_and_priority(producer: Produ
     ids = new_ids(4)
     places = [("comfy", 0), ("comfy", 3), ("comfy", 6), ("comfy@gpu1", 3)]
 
-    producer.publish([Message(id_, "genpulse.comfyui", *place) for id_, place in zip(ids, places, strict=True)])
+    producer.publish(
+        [Message(id_, "genpulse.comfyui", *place) for id_, place in zip(ids, places, strict=True)]
+    )
 
     for id_, place in zip(ids, places, strict=True):
         (message,) = client.lrange(redis_key(*place), 0, -1)
@@ -83,9 +88,11 @@ def test_a_batch_is_few_round_trips(producer: Producer, client: Any) -> None:
 
 def test_publishing_leaves_no_key_but_the_lists(producer: Producer, client: Any) -> None:
     """No bindings, no result channels: nothing stays when the messages are taken."""
-    producer.publish([(id_, "genpulse.comfyui", "comfy", step) for id_, step in zip(new_ids(2), (0, 3), strict=True)])
+    producer.publish(
+        [(id_, "genpulse.comfyui", "comfy", step) for id_, step in zip(new_ids(2), (0, 3), strict=True)]
+    )
 
-    assert {key.decode() for key in client.keys()} == {redis_key("comfy", 0), redis_key("comfy", 3)}
+    assert {key.decode() for key in client.scan_iter()} == {redis_key("comfy", 0), redis_key("comfy", 3)}
     assert client.pubsub_channels() == []
 
 
@@ -192,7 +199,7 @@ def test_the_epoch_key_is_listed_as_permanent(client: Any) -> None:
     """A key without an expiry is on the list of those that may stay."""
     RunwayView(client).epoch()
 
-    assert {key.decode() for key in client.keys() if client.ttl(key) == -1} <= set(PERMANENT_KEYS)
+    assert {key.decode() for key in client.scan_iter() if client.ttl(key) == -1} <= set(PERMANENT_KEYS)
 
 
 @pytest.mark.parametrize("ask", ["waiting_ids", "counts", "epoch", "run_id"])

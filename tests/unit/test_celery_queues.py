@@ -52,9 +52,7 @@ def test_redis_keys_are_kombus() -> None:
     ours = [queues.redis_key("comfy@gpu1", step) for step in queues.PRIORITY_STEPS]
 
     assert list(queues.PRIORITY_STEPS) == PRIORITY_STEPS
-    assert ours == [
-        f"comfy@gpu1{Channel.sep}{step}" if step else "comfy@gpu1" for step in PRIORITY_STEPS
-    ]
+    assert ours == [f"comfy@gpu1{Channel.sep}{step}" if step else "comfy@gpu1" for step in PRIORITY_STEPS]
     assert queues.redis_keys("comfy@gpu1") == tuple(ours)
 
 

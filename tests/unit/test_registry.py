@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import importlib.metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pydantic
 import pytest
@@ -24,7 +24,7 @@ class Params(pydantic.BaseModel):
 
 class Resize(BaseHandler):
     task_type = "resize"
-    aliases = ("old-resize",)
+    aliases: ClassVar[tuple[str, ...]] = ("old-resize",)
     queue = "cpu"
     params_model = Params
     summary = "Makes it smaller."
@@ -45,16 +45,16 @@ def _no_declared_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder on the import path that is the only place with handler entry points."""
-    real = registry_module.importlib.metadata.entry_points
+    real: Any = importlib.metadata.entry_points
     monkeypatch.setattr(
-        registry_module.importlib.metadata,
+        importlib.metadata,
         "entry_points",
         lambda **wanted: [entry for entry in real(**wanted) if not entry.value.startswith("genpulse.")],
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    yield tmp_path
+    return tmp_path
 
 
 def install(site: Path, name: str, target: str, source: str) -> None:
@@ -158,7 +158,7 @@ def test_an_incomplete_declaration_is_refused() -> None:
     with pytest.raises(RegistryError, match="declares no queue"):
         handler(NoQueue)
     with pytest.raises(RegistryError, match="does not define execute"):
-        Registry([NoExecute])
+        Registry([NoExecute])  # type: ignore[type-abstract]  # what this is about
 
 
 def test_a_decorated_handler_is_loaded(site: Path) -> None:
@@ -193,7 +193,7 @@ def test_an_entry_point_must_be_a_handler(site: Path) -> None:
     """An entry point to something else is refused by name."""
     install(site, "odd", "odd:thing", "thing = 3\n")
 
-    with pytest.raises(RegistryError, match="'odd'.*not a BaseHandler"):
+    with pytest.raises(RegistryError, match=r"'odd'.*not a BaseHandler"):
         Registry.load()
 
 
