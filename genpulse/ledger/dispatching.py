@@ -238,7 +238,7 @@ class Dispatching(Running):
 
     # -- workers ------------------------------------------------------------------------------
 
-    def register_worker(  # noqa: PLR0913  # the columns of one row
+    def register_worker(  # the columns of one row
         self,
         *,
         name: str,

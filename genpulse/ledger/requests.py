@@ -37,7 +37,7 @@ class IdempotencyConflict(GenPulseError):
     """The key was used before, with another body."""
 
 
-class _KeyTaken(Exception):  # noqa: N818  # never leaves this module: it only rolls the insert back
+class _KeyTaken(Exception):  # never leaves this module: it only rolls the insert back
     """Somebody else's row holds the idempotency key."""
 
 
@@ -244,7 +244,7 @@ class Requests(Base):
 
         return self._read(read)
 
-    def list_tasks(  # noqa: PLR0913  # each is one filter of the public list
+    def list_tasks(  # each is one filter of the public list
         self,
         owner: str,
         *,
@@ -359,7 +359,7 @@ class Requests(Base):
         row = self._read(lambda connection: connection.execute(query).mappings().first())
         return None if row is None else (row["owner"], _output_from_row(row))
 
-    def add_asset(  # noqa: PLR0913  # the columns of one row
+    def add_asset(  # the columns of one row
         self, *, owner: str, key: str, name: str, content_type: str, size_bytes: int, sha256: str
     ) -> Asset:
         """

@@ -70,7 +70,7 @@ class Stray:
 class Running(Requests):
     """The statements of workers and of the sweeper about attempts."""
 
-    def claim(  # noqa: PLR0913  # who claims, for how long, and what it serves
+    def claim(  # who claims, for how long, and what it serves
         self,
         task_id: str,
         *,
@@ -354,7 +354,7 @@ class Running(Requests):
 
         return self._write(record)
 
-    def finish(  # noqa: PLR0913  # everything that one transaction writes
+    def finish(  # everything that one transaction writes
         self,
         fence: Fence,
         status: TaskStatus,
@@ -395,7 +395,7 @@ class Running(Requests):
 
         return self._write(end)
 
-    def retry_later(  # noqa: PLR0913  # the error, its weight and what it leaves behind
+    def retry_later(  # the error, its weight and what it leaves behind
         self,
         fence: Fence,
         error: ErrorInfo,
@@ -541,7 +541,6 @@ class Running(Requests):
         Returns:
             What became of the task, or ``None`` if the lease was renewed or taken meanwhile.
         """
-
         fence = lease.fence
 
         def take_back(connection: sa.Connection) -> TaskStatus | None:

@@ -69,7 +69,7 @@ class ProcessSession:
         """
         if self._connection is not None and self._connection.dbapi_connection is not None:
             with contextlib.suppress(Exception):
-                os.close(self._connection.dbapi_connection.fileno())  # type: ignore[attr-defined]  # psycopg2's own
+                os.close(self._connection.dbapi_connection.fileno())
             _abandoned.append(self._connection)
             self._connection = None
         if self._file is not None:
@@ -95,7 +95,7 @@ class ProcessSession:
         try:
             if self._connection is None:
                 self._connection = self._direct.engine.raw_connection()
-                self._connection.dbapi_connection.autocommit = True  # type: ignore[union-attr]  # psycopg2's own
+                self._connection.dbapi_connection.autocommit = True  # type: ignore[union-attr]  # just connected
                 with contextlib.closing(self._connection.cursor()) as cursor:
                     cursor.execute("SELECT pg_try_advisory_lock(%s)", (self.key,))
                     cursor.execute("LISTEN genpulse")
@@ -123,14 +123,14 @@ class ProcessSession:
         connection = self._connection.dbapi_connection if self._connection is not None else None
         watched: list[int] = [waker]
         if connection is not None:
-            watched.append(connection.fileno())  # type: ignore[attr-defined]  # psycopg2's own
+            watched.append(connection.fileno())
         readable, _, _ = select.select(watched, [], [], max(0.0, timeout_s))
         if connection is None or len(readable) == 0 or readable == [waker]:
             return []
         try:
-            connection.poll()  # type: ignore[attr-defined]  # psycopg2's own
-            notes = [note.payload for note in connection.notifies]  # type: ignore[attr-defined]  # psycopg2's own
-            connection.notifies.clear()  # type: ignore[attr-defined]  # psycopg2's own
+            connection.poll()
+            notes = [note.payload for note in connection.notifies]
+            connection.notifies.clear()
         except Exception:  # noqa: BLE001  # the server closed the connection; the next hold() opens another
             self._drop_connection()
             return []

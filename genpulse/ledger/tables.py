@@ -10,6 +10,8 @@ The migrations in ``migrations/`` build exactly this; a test compares the two.
 
 from __future__ import annotations
 
+from typing import Any
+
 import sqlalchemy as sa
 
 from genpulse.ledger.types import Timestamp
@@ -40,7 +42,7 @@ metadata = sa.MetaData(
 _Id = sa.Uuid(as_uuid=False)
 
 
-def _live(condition: str) -> dict[str, sa.TextClause]:
+def _live(condition: str) -> dict[str, Any]:
     """A partial index, spelled once for both databases."""
     return {"postgresql_where": sa.text(condition), "sqlite_where": sa.text(condition)}
 

@@ -50,8 +50,9 @@ class Timestamp(TypeDecorator[dt.datetime]):
         if value is None:
             return None
         if dialect.name == "sqlite":
-            return _EPOCH + value * _MILLISECOND
-        return value.astimezone(dt.UTC)  # type: ignore[no-any-return]  # a datetime by the column's type
+            return _EPOCH + int(value) * _MILLISECOND
+        assert isinstance(value, dt.datetime)
+        return value.astimezone(dt.UTC)
 
 
 class now(functions.FunctionElement[dt.datetime]):  # noqa: N801  # reads as the SQL function it is

@@ -1,0 +1,404 @@
+"""
+One attempt on a ComfyUI server: choose, prepare, adopt or submit, follow, capture.
+
+The prompt and client ids are in the ledger before they are sent, so that whoever comes after a
+crash finds the prompt on its server instead of rendering it twice. An attempt that lost its lease
+touches the server no more: its prompt may have been adopted.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import io
+import mimetypes
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from typing import IO, Any, BinaryIO, cast
+
+from genpulse.comfy import workflow as graph
+from genpulse.comfy.client import ComfyClient, Place, ServerFile, Whereabouts
+from genpulse.comfy.events import Event, ProgressMeter, Running
+from genpulse.comfy.follower import Finished, Follower
+from genpulse.comfy.history import HistoryEntry, ServerOutput
+from genpulse.errors import (
+    ComfyUnavailable,
+    DeadlineExceeded,
+    Draining,
+    ExecutionInterrupted,
+    GenPulseError,
+    InputRejected,
+    LeaseLost,
+    NoOutputs,
+    NoServer,
+    OutOfMemory,
+    PromptLost,
+    ServerStalled,
+    StorageUnavailable,
+    TaskCanceled,
+)
+from genpulse.model import Attempt, NewOutput
+from genpulse.tasks.runner import AttemptContext
+
+__all__ = ["render"]
+
+QUICK_S = 10.0
+"""A prompt is posted behind a running one only where such tasks take less time than this."""
+GONE_AFTER_S = 10.0
+"""A server that is silent for so long is taken to have forgotten an earlier prompt."""
+STOP_WITHIN_S = 2.0
+_VIEW_TRIES_S = (0.2, 0.5, 1.0, 2.0)
+
+
+def render(context: AttemptContext, workflow: graph.Workflow) -> tuple[NewOutput, ...]:
+    """
+    Render a bound workflow and store what it made.
+
+    Args:
+        workflow: API format, inputs bound, media still named by reference.
+
+    Raises:
+        NoServer: No healthy server now; the attempt is handed back.
+        ComfyUnavailable: The server was lost.
+        WorkflowRejected, ExecutionFailed, OutOfMemory, NoOutputs, InputRejected: As they say.
+        StopAttempt: From ``context.check()``.
+    """
+    attempt = _Render(context, workflow)
+    finished = attempt.adopt() or attempt.submit()
+    return attempt.capture(finished)
+
+
+class _Render:
+    """The state of one attempt: which server, which prompt."""
+
+    def __init__(self, context: AttemptContext, workflow: graph.Workflow) -> None:
+        self.context = context
+        self.workflow = workflow
+        self.socket_nodes = graph.socket_output_nodes(workflow)
+        self.server = ""
+        self.prompt_id = ""
+
+    @property
+    def client(self) -> ComfyClient:
+        return self.context.pool.client(self.server)
+
+    # -- adopt --------------------------------------------------------------------------------
+
+    def adopt(self) -> Finished | None:
+        """Find the prompt of an earlier attempt on its server and follow it, if there is one."""
+        served = {server.name for server in self.context.pool.servers}
+        seen: set[str] = set()
+        for earlier in self.context.claim.predecessors:
+            if earlier.prompt_id in seen or earlier.server not in served:
+                continue
+            seen.add(str(earlier.prompt_id))
+            found = self._look_for(earlier)
+            if found is None or found.place is Place.UNKNOWN:
+                continue
+            if self.socket_nodes and found.place is not Place.PENDING:
+                # Its pictures went over a socket that died with its worker: render them again.
+                self._stop(str(earlier.server), str(earlier.prompt_id))
+                continue
+            return self._adopt(earlier)
+        return None
+
+    def _look_for(self, earlier: Attempt) -> Whereabouts | None:
+        """Where an earlier prompt is; ``None`` if its server is gone or silent for long."""
+        client = self.context.pool.client(str(earlier.server))
+        give_up_at = time.monotonic() + GONE_AFTER_S
+        while True:
+            try:
+                return client.look(str(earlier.prompt_id), timeout_s=5.0)
+            except ComfyUnavailable as error:
+                self.context.log.info(
+                    "earlier_prompt_unreachable", server=earlier.server, refused=error.refused
+                )
+                if error.refused or time.monotonic() > give_up_at:
+                    self.context.pool.mark_bad(str(earlier.server), "not reachable")
+                    return None
+                self.context.sleep(0.5)
+
+    def _adopt(self, earlier: Attempt) -> Finished:
+        context = self.context
+        self.server, self.prompt_id = str(earlier.server), str(earlier.prompt_id)
+        with Follower(self.client, str(earlier.client_id), socket_nodes=self.socket_nodes) as follower:
+            self._record(str(earlier.client_id), adopted=True)
+            context.log.info(
+                "prompt_adopted", server=self.server, prompt_id=self.prompt_id, of=earlier.number
+            )
+            return self._follow(follower)
+
+    # -- submit -------------------------------------------------------------------------------
+
+    def submit(self) -> Finished:
+        """Choose a server, prepare the workflow for it, post it and follow it."""
+        while True:
+            self._choose()
+            try:
+                prepared = self._prepare()
+                self._await_turn()
+                return self._post_and_follow(prepared)
+            except _ElsewhereError:
+                continue
+            except ComfyUnavailable as error:
+                self.context.pool.mark_bad(self.server, "not reachable")
+                # Nothing was sent and nobody listens: the next server, at no cost.
+                if not (error.refused and self.prompt_id == ""):
+                    raise
+
+    def _choose(self) -> None:
+        context = self.context
+        self.prompt_id = ""
+        context.check()
+        healthy = context.pool.healthy()
+        if len(healthy) < len(context.pool.servers):
+            healthy = context.pool.probe_all()
+        if not healthy:
+            msg = "no ComfyUI server of this worker is healthy"
+            raise NoServer(msg)
+        names = [server.name for server in healthy]
+        chosen = context.insist(lambda: context.ledger.assign_server(context.claim.fence, None, names))
+        if chosen is None:
+            raise LeaseLost
+        self.server = chosen
+
+    def _prepare(self) -> graph.Workflow:
+        """Stage media on the chosen server, and give save nodes a prefix of this attempt's own."""
+        values: dict[tuple[str, str], Any] = {}
+        staged: dict[str, str] = {}
+        for media in graph.media_inputs(self.workflow):
+            self.context.check()
+            if media.reference not in staged:
+                with _media(self.context, media) as (stream, suffix):
+                    staged[media.reference] = self._stage(stream, suffix).reference
+            values[media.node_id, media.field] = staged[media.reference]
+        fence = self.context.claim.fence
+        prepared = graph.replace_values(self.workflow, values)
+        return graph.with_prefixes(prepared, f"genpulse/{fence.task_id}/{fence.attempt}")
+
+    def _stage(self, stream: IO[bytes], suffix: str) -> ServerFile:
+        """Upload under a name made of the content: the same file twice is one file."""
+        digest = hashlib.sha256()
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+            self.context.check()
+        stream.seek(0)
+        return self.client.upload(
+            stream, name=f"{digest.hexdigest()[:40]}{suffix}", subfolder="genpulse", overwrite=True
+        )
+
+    def _await_turn(self) -> None:
+        """
+        Hold a long task ready while another of ours renders on the server.
+
+        Posted behind it, it could not move to a server that becomes free meanwhile.
+        """
+        context, fence = self.context, self.context.claim.fence
+        usual = context.insist(lambda: context.ledger.usual_run_s(context.task.task_type))
+        if usual is not None and usual < QUICK_S:
+            return
+        while context.insist(lambda: context.ledger.renders_elsewhere(fence, self.server)):
+            context.sleep(0.25)
+            for other in context.pool.healthy():
+                name = other.name
+                if name != self.server and not context.insist(
+                    lambda name=name: context.ledger.renders_elsewhere(fence, name)  # type: ignore[misc]  # bound now
+                ):
+                    raise _ElsewhereError
+
+    def _post_and_follow(self, prepared: graph.Workflow) -> Finished:
+        context = self.context
+        client_id = uuid.uuid4().hex
+        with Follower(self.client, client_id, socket_nodes=self.socket_nodes) as follower:
+            context.check()
+            prompt_id = str(uuid.uuid4())
+            self.prompt_id = prompt_id
+            self._record(client_id)
+            try:
+                accepted = self.client.deliver(prepared, prompt_id=prompt_id, client_id=client_id)
+            except ComfyUnavailable as error:
+                if error.refused:  # nobody was there to take it
+                    self.prompt_id = ""
+                else:
+                    context.leaves_prompt = True
+                raise
+            if accepted.node_errors:
+                # The server runs the valid rest; a task is all of its workflow or nothing.
+                self._stop(self.server, prompt_id)
+                accepted.raise_for_node_errors()
+            context.log.info("prompt_submitted", server=self.server, prompt_id=prompt_id)
+            return self._follow(follower)
+
+    def _record(self, client_id: str, *, adopted: bool = False) -> None:
+        context = self.context
+        if not context.insist(
+            lambda: context.ledger.record_prompt(
+                context.claim.fence,
+                server=self.server,
+                prompt_id=self.prompt_id,
+                client_id=client_id,
+                adopted=adopted,
+            )
+        ):
+            raise LeaseLost
+
+    # -- follow -------------------------------------------------------------------------------
+
+    def _follow(self, follower: Follower) -> Finished:
+        context = self.context
+        meter = ProgressMeter(self.workflow)
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Running):
+                context.mark_running()
+            if meter.update(event):
+                context.progress(meter.percent, **meter.detail.as_dict())
+
+        try:
+            finished = follower.follow(
+                self.prompt_id, check=context.check, on_event=on_event, stall_s=context.settings.stall_s
+            )
+        except (TaskCanceled, DeadlineExceeded):
+            self._stop(self.server, self.prompt_id)
+            raise
+        except (LeaseLost, Draining):
+            raise  # the prompt is another's now, or the next worker's
+        except ServerStalled:
+            context.pool.mark_bad(self.server, "no progress")
+            self._stop(self.server, self.prompt_id)
+            raise
+        except PromptLost:
+            raise
+        except ComfyUnavailable as error:
+            context.pool.mark_bad(self.server, "not reachable")
+            context.leaves_prompt = not error.refused
+            raise
+        self._judge(finished.entry)
+        if self.socket_nodes and not finished.frames_complete:
+            msg = "pictures were lost on the server's socket"
+            raise PromptLost(msg)
+        context.pool.mark_good(self.server)
+        context.mark_rendered()
+        return finished
+
+    def _judge(self, entry: HistoryEntry) -> None:
+        """Raise what the history says went wrong."""
+        try:
+            entry.raise_for_status()
+        except OutOfMemory:
+            with contextlib.suppress(GenPulseError):
+                self.client.free(unload_models=True, free_memory=True)
+            raise
+        except ExecutionInterrupted:
+            self.context.check()  # if it was our own cancel or deadline, that is what it is called
+            raise
+
+    def _stop(self, server: str, prompt_id: str) -> None:
+        """Stop a prompt by its id. If its end was not seen, somebody else will see to it."""
+        try:
+            seen = self.context.pool.client(server).stop(prompt_id, within_s=STOP_WITHIN_S)
+            self.context.leaves_prompt = not seen.is_over
+        except ComfyUnavailable as error:
+            self.context.leaves_prompt = not error.refused
+
+    # -- capture ------------------------------------------------------------------------------
+
+    def capture(self, finished: Finished) -> tuple[NewOutput, ...]:
+        """
+        Put every output into storage.
+
+        Temporary files (previews) count only where a workflow has no other output.
+        """
+        context = self.context
+        wanted = [output for output in finished.entry.outputs if not output.is_temp]
+        if not wanted and not finished.frames:
+            wanted = list(finished.entry.outputs)
+        stored: list[NewOutput] = []
+        try:
+            for output in wanted:
+                stored.append(self._capture(output))
+                context.progress(100.0, stored=len(stored), outputs=len(wanted))
+            for number, frame in enumerate(finished.frames):
+                suffix = mimetypes.guess_extension(frame.image_type) or ".png"
+                stored.append(
+                    context.store(
+                        frame.data,
+                        name=f"websocket_{number:05d}{suffix}",
+                        node_id=frame.node_id,
+                        content_type=frame.image_type,
+                    )
+                )
+        except (StorageUnavailable, ComfyUnavailable):
+            context.leaves_prompt = True
+            raise
+        if not stored and not graph.declares_no_outputs(self.workflow):
+            msg = "the workflow ran to its end and made no output"
+            raise NoOutputs(msg)
+        context.after_win(lambda: self.client.forget(self.prompt_id))
+        return tuple(stored)
+
+    def _capture(self, output: ServerOutput) -> NewOutput:
+        context = self.context
+        if output.file is None:
+            text = (output.text or "").encode()
+            return context.store(
+                text,
+                name=f"{output.key}_{output.node_id}_{output.index}.txt",
+                node_id=output.node_id,
+                content_type="text/plain; charset=utf-8",
+            )
+        file = output.file
+
+        def view() -> contextlib.AbstractContextManager[BinaryIO]:
+            return cast("contextlib.AbstractContextManager[BinaryIO]", self.client.view(file))
+
+        for pause in (*_VIEW_TRIES_S, None):
+            try:
+                return context.store(view, name=file.filename, node_id=output.node_id)
+            except PromptLost:
+                raise
+            except ComfyUnavailable as error:
+                if pause is None or error.refused:
+                    raise
+                context.sleep(pause)
+        raise AssertionError  # the loop returns or raises
+
+
+class _ElsewhereError(Exception):
+    """Another server became free while this attempt was held ready."""
+
+
+@contextlib.contextmanager
+def _media(context: AttemptContext, media: graph.MediaInput) -> Iterator[tuple[IO[bytes], str]]:
+    """A seekable stream of a media input, and the suffix its type asks for."""
+    if media.kind == "data":
+        header, _, encoded = media.reference.partition(",")
+        try:
+            data = base64.b64decode(encoded, validate=True)
+        except (binascii.Error, ValueError) as error:
+            msg = "a data: input is not base64"
+            raise InputRejected(msg, node_id=media.node_id) from error
+        mime = header.removeprefix("data:").partition(";")[0]
+        yield io.BytesIO(data), mimetypes.guess_extension(mime) or ".bin"
+        return
+    if media.kind == "https":
+        msg = "inputs by URL are not fetched by this version; upload the file instead"
+        raise InputRejected(msg, node_id=media.node_id)
+    with context.open_input(media.reference) as source, tempfile.TemporaryFile() as copy:
+        while chunk := source.read(1 << 20):
+            copy.write(chunk)
+            context.check()
+        copy.seek(0)
+        yield cast("IO[bytes]", copy), _suffix_of(copy)
+
+
+def _suffix_of(copy: Any) -> str:
+    import filetype
+
+    found = filetype.guess(copy.read(8192))
+    copy.seek(0)
+    return f".{found.extension}" if found is not None else ".bin"

@@ -1,0 +1,162 @@
+"""
+The sweeper: each second it sets right what crashes, wipes and lost messages left.
+
+Idempotent, and any number may run at once: every step is a conditional update that one of them
+wins. It reaps only after it was itself connected to the ledger without a break for one lease,
+because right after an outage every lease looks stale although its worker is well.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import structlog
+
+from genpulse.config import Settings
+from genpulse.errors import LedgerUnavailable
+from genpulse.ledger import Dispatch, Ledger, SessionProbe
+from genpulse.model import WorkerInfo
+from genpulse.tasks import queues
+from genpulse.tasks.producer import BrokerUnavailable, Epoch, RunwayView
+from genpulse.tasks.relay import Relay
+
+__all__ = ["Sweeper", "Swept"]
+
+log = structlog.get_logger("genpulse.sweeper")
+
+MISSED_BEATS = 3
+OVERDUE_S = 5.0
+"""A message that was sent longer ago, and is nowhere in Redis, is lost."""
+WORKER_FRESH_S = 15.0
+_RARELY_S = 60.0
+
+
+@dataclass(slots=True)
+class Swept:
+    """What one pass did."""
+
+    reaped: int = 0
+    sent_again: int = 0
+    expired: int = 0
+    released: int = 0
+    relayed: int = 0
+
+
+class Sweeper:
+    """One pass is :meth:`sweep`. Not for sharing between threads."""
+
+    def __init__(self, settings: Settings, ledger: Ledger, relay: Relay, view: RunwayView) -> None:
+        self._settings = settings
+        self._ledger = ledger
+        self._relay = relay
+        self._view = view
+        self._probe = SessionProbe(ledger)
+        self._connected_since: float | None = None
+        self._epoch: Epoch | None = None
+        self._missing: dict[str, Dispatch] = {}
+        self._rarely_at = time.monotonic()
+
+    def sweep(self) -> Swept:
+        """
+        One pass.
+
+        Raises:
+            LedgerUnavailable: The pass was cut short; the next one starts anew.
+        """
+        swept = Swept()
+        try:
+            self._ledger.ping()
+            if self._connected_since is None:
+                self._connected_since = time.monotonic()
+            live = self._live_workers()
+            swept.reaped = self._reap()
+            swept.expired = self._ledger.expire()
+            servers = {str(server["name"]) for worker in live for server in worker.servers}
+            swept.released = self._ledger.release_bindings(servers)
+            swept.sent_again = self._reconcile()
+            swept.relayed = self._relay.pulse()
+            self._rarely()
+        except LedgerUnavailable:
+            self._connected_since = None
+            raise
+        return swept
+
+    def _live_workers(self) -> list[WorkerInfo]:
+        """Workers with a fresh row whose process still holds its session."""
+        rows = self._ledger.workers_with_sessions(WORKER_FRESH_S)
+        alive = self._probe.alive([key for _, key in rows])
+        return [info for info, key in rows if key in alive]
+
+    def _reap(self) -> int:
+        """Take back the tasks of dead workers: their session is gone and three beats are missed, or the lease ran out."""
+        steady_s = time.monotonic() - (self._connected_since or time.monotonic())
+        if steady_s < self._settings.lease_s:
+            return 0
+        missed_s = MISSED_BEATS * self._settings.beat_s
+        stale = self._ledger.stale_leases(missed_s)
+        if not stale:
+            return 0
+        alive = self._probe.alive([lease.session_key for lease in stale])
+        reaped = 0
+        for lease in stale:
+            if lease.session_key in alive and not lease.expired:
+                continue
+            status = self._ledger.reap(lease, missed_s=missed_s, max_lost=self._settings.max_lost)
+            if status is not None:
+                reaped += 1
+                log.warning(
+                    "attempt_lost",
+                    task_id=lease.fence.task_id,
+                    attempt=lease.fence.attempt,
+                    worker=lease.worker,
+                    now=str(status),
+                )
+        return reaped
+
+    def _reconcile(self) -> int:
+        """
+        Put tasks back whose message Redis has lost.
+
+        A message is in no list for the moment between being popped and being noted as delivered, so
+        it must be missing twice, unless Redis itself was restarted or wiped.
+        """
+        try:
+            epoch = self._view.epoch()
+            changed = self._epoch is not None and epoch != self._epoch
+            if changed:
+                log.warning("broker_restarted_or_wiped")
+            overdue = self._ledger.overdue(0.0 if changed else OVERDUE_S)
+            if not overdue:
+                self._epoch, self._missing = epoch, {}
+                return 0
+            present = self._view.waiting_ids(_queue_names(overdue))
+        except BrokerUnavailable:
+            return 0
+        missing = {each.task_id: each for each in overdue if each.task_id not in present}
+        lost = [each for task_id, each in missing.items() if changed or self._missing.get(task_id) == each]
+        self._missing = missing
+        put_back = self._ledger.put_back(lost)
+        self._epoch = epoch
+        if put_back:
+            log.warning("messages_lost_by_broker", sent_again=put_back)
+        self._relay.resume()
+        return put_back
+
+    def _rarely(self) -> None:
+        if time.monotonic() - self._rarely_at < _RARELY_S:
+            return
+        self._rarely_at = time.monotonic()
+        self._ledger.forget_expired_keys()
+        self._ledger.forget_old_workers()
+        self._probe.collect()
+
+
+def _queue_names(dispatches: list[Dispatch]) -> set[str]:
+    """Every queue in which one of these messages may wait."""
+    names: set[str] = set()
+    for each in dispatches:
+        names.add(each.queue)
+        if each.server is not None:
+            names.add(queues.server_queue(each.queue, each.server))
+    return names
