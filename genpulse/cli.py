@@ -163,33 +163,80 @@ def start_flower(host: str | None, port: int | None, url_prefix: str, db: Path |
 def start_sweeper() -> None:
     """Run relay and sweeper alone, beside those that the API and each worker already run."""
     found = settings()
-    from genpulse.tasks.background import run_sweeper
+    import signal
+    import threading
 
-    run_sweeper(found)
+    from genpulse.tasks.background import start_in_api
+
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
+    background = start_in_api(found)
+    click.echo("relay and sweeper run; Ctrl-C ends them", err=True)
+    while not asked.wait(0.5):  # short waits let a signal's handler run
+        pass
+    background.stop()
 
 
 @cli.command()
 @click.option(
     "--wait", "wait_s", type=float, default=30.0, show_default=True, help="Seconds to wait for the database."
 )
-def migrate(wait_s: float) -> None:
+@click.option("--bucket", is_flag=True, help="Make the S3 bucket, too, if it is not there.")
+def migrate(wait_s: float, bucket: bool) -> None:
     """Bring the ledger's tables up to date. Safe to repeat, and to run from several hosts at once."""
     found = settings()
+    from genpulse.errors import LedgerUnavailable, StorageUnavailable
     from genpulse.testing.embedded import migrate_ledger
 
-    migrate_or_fail(lambda: migrate_ledger(found, wait_s=wait_s))
-    click.echo("the ledger is up to date", err=True)
-
-
-def migrate_or_fail(step: Any) -> None:
-    """Run a migration; an unreachable database is exit code 3."""
-    from genpulse.errors import LedgerUnavailable
-
     try:
-        step()
+        migrate_ledger(found, wait_s=wait_s)
+        if bucket and found.storage == "s3":
+            make_bucket(found)
     except LedgerUnavailable as error:
         reason = f": {error}" if str(error) else ""
         raise Failure(f"the database does not answer{reason}", Exit.UNREACHABLE) from error
+    except StorageUnavailable as error:
+        raise Failure(f"the object store does not take the bucket: {error}", Exit.UNREACHABLE) from error
+    click.echo("the ledger is up to date", err=True)
+
+
+def make_bucket(found: Settings) -> None:
+    """
+    Make the bucket of the settings in an S3-compatible server, if it is not there.
+
+    Raises:
+        StorageUnavailable: It is not there and cannot be made.
+    """
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    from genpulse.errors import StorageUnavailable
+    from genpulse.tasks.wiring import open_storage
+
+    try:
+        open_storage(found).check()
+    except StorageUnavailable:
+        config = Config(
+            signature_version="s3v4",
+            s3={"addressing_style": "path"},
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        )
+        client = boto3.client(
+            "s3",
+            endpoint_url=found.s3_endpoint_url or None,
+            region_name=found.s3_region or "us-east-1",
+            aws_access_key_id=found.s3_access_key_id.get_secret_value() or None,
+            aws_secret_access_key=found.s3_secret_access_key.get_secret_value() or None,
+            config=config,
+        )
+        try:
+            client.create_bucket(Bucket=found.s3_bucket)
+        except (BotoCoreError, ClientError) as error:
+            raise StorageUnavailable(type(error).__name__) from error
+        click.echo(f"made the bucket {found.s3_bucket}", err=True)
 
 
 @cli.command()

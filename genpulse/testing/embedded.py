@@ -146,6 +146,9 @@ class _Part(threading.Thread):
                 self._watch()
             if self._stopping.is_set():
                 return
+            if self.service is not None and self.service.exit_code == os.EX_CONFIG:
+                self._say(f"{self.spec.name} cannot run like this: {_last_line(self.log)}  (log: {self.log})")
+                return
             failures = 1 if time.monotonic() - began > PEACE_S else failures + 1
             pause = BACKOFF_S[min(failures, len(BACKOFF_S)) - 1]
             code = self.service.exit_code if self.service else None
@@ -740,8 +743,12 @@ def show_stack(stack: EmbeddedStack, console: Console) -> None:
 def log_end(log: Path) -> str:
     """The last lines of a log, where the reason stands."""
     with contextlib.suppress(OSError):
-        return log.read_text(errors="replace")[-2000:].strip()
+        return "\n".join(log.read_text(errors="replace")[-4000:].strip().splitlines()[-12:])
     return ""
+
+
+def _last_line(log: Path) -> str:
+    return log_end(log).rpartition("\n")[2]
 
 
 def comfy_python(folder: Path) -> Path:
