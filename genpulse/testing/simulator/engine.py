@@ -114,11 +114,15 @@ class Engine:
         """Where a node lets itself be stopped: by the end of the server, a stall, or an interrupt."""
         while self.faults.stall and not self.killed.is_set():
             self.killed.wait(_CHECK_S)
-        if self.killed.is_set():
-            raise ServerGone
+        self.check_alive()
         if self._interrupt.is_set():
             self._interrupt.clear()
             raise Interrupted
+
+    def check_alive(self) -> None:
+        """Raise ``ServerGone`` when the server has been killed, so that a dead one writes nothing more."""
+        if self.killed.is_set():
+            raise ServerGone
 
     def _work(self) -> None:
         try:
@@ -133,20 +137,19 @@ class Engine:
                     self.cache.clear()
         except ServerGone:
             return
-        except Exception:
-            # The real worker dies as quietly: the prompt stays "running", the next ones wait for ever.
+        except Exception:  # noqa: BLE001  the real worker dies as quietly: its prompt stays "running" for ever
             self.journal.add("worker_died", error=traceback.format_exc(limit=3))
 
     def _run(self, slot: int, item: Item) -> None:
         _number, prompt_id, prompt, extra_data, outputs = item
         self._interrupt.clear()
-        self.hub.client_id = extra_data["client_id"] if "client_id" in extra_data else None
+        # No .get: what `in` does not work on kills the worker, a list does not [trace 28].
+        self.hub.client_id = extra_data["client_id"] if "client_id" in extra_data else None  # noqa: SIM401
         client_id = self.hub.client_id
         self.journal.add("started", prompt_id, client_id)
         run = _Run(self, prompt_id, prompt, extra_data, outputs)
         run.execute()
-        if self.killed.is_set():
-            raise ServerGone
+        self.check_alive()
         if self.faults.history_gap_ms > 0:
             self.killed.wait(self.faults.history_gap_ms / 1000)
         status = {
@@ -352,23 +355,22 @@ class _Run:
                         plan.block(node_id)
                         return True
                     outcome = self.call(node_id, inputs)
-            if self.engine.killed.is_set():
-                raise ServerGone
+            self.engine.check_alive()
             if outcome.expand is not None:
                 self._expand(plan, node_id, outcome)
                 return True
             self._keep(node_id, outcome)
         except Interrupted:
-            data = {
+            facts = {
                 "prompt_id": self.prompt_id,
                 "node_id": self.real_id(node_id),
                 "node_type": self._nodes[self.real_id(node_id)]["class_type"],
                 "executed": list(self._executed),
             }
             self.interrupted = True
-            self.say("execution_interrupted", data, to_all=True)
+            self.say("execution_interrupted", facts, to_all=True)
             return False
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001  whatever a node raises becomes an execution_error
             self._report(node_id, inputs, exc)
             return False
         self._finish_progress(node_id)
@@ -559,8 +561,7 @@ class _Context:
         self._engine.hub.post(TEXT, text_frame(self.node_id, text), self._run.client_id)
 
     def written(self, path: Path) -> None:
-        if self._engine.killed.is_set():
-            raise ServerGone
+        self._engine.check_alive()
         self._run.files_written.append(str(path.relative_to(self.files.root)))
 
 
@@ -571,13 +572,13 @@ class _Background:
         self.done = threading.Event()
         self._outcome: Outcome | None = None
         self._error: BaseException | None = None
-        self._work = lambda: run.call(node_id, inputs)
+        self._call: Callable[[], Outcome] = lambda: run.call(node_id, inputs)
         threading.Thread(target=self._run, name=f"simulator-node-{node_id}", daemon=True).start()
 
     def _run(self) -> None:
         try:
-            self._outcome = self._work()
-        except BaseException as exc:  # handed on to the worker, which knows what to do
+            self._outcome = self._call()
+        except BaseException as exc:  # noqa: BLE001  handed on to the worker, which knows what to do
             self._error = exc
         self.done.set()
 

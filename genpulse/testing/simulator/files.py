@@ -8,6 +8,9 @@ repeated upload is renamed ``name (1).png``, numbering goes on after a restart.
 Sources: ComfyUI 0.3.64 ``folder_paths.py`` and ``server.py``; traces 15, 17, 20.
 """
 
+# Paths are joined and compared as text, because the original does, down to its oddities.
+# ruff: noqa: PTH100, PTH103, PTH118, PTH119, PTH122, PTH208
+
 from __future__ import annotations
 
 import hashlib
@@ -160,7 +163,7 @@ class Directories:
         number = 1
         while path.exists():
             if digest is None:
-                digest = hashlib.file_digest(content, "sha256").hexdigest()
+                digest = hashlib.sha256(content.read()).hexdigest()
                 content.seek(0)
             if file_digest(path) == digest:
                 return name, True

@@ -145,8 +145,7 @@ class Hub:
         try:
             while True:
                 await self._send(*await self._messages.get())
-        except Exception:
-            # An unhashable client_id or a value that is no JSON: the real process dies of it [trace 42].
+        except Exception:  # noqa: BLE001  an unhashable client_id, a value that is no JSON: the process dies [trace 42]
             self._crash(134)
 
     async def _send(self, event: Any, data: Any, sid: Any) -> None:

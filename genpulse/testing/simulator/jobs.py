@@ -78,7 +78,8 @@ class JobsApi:
                 uuid.UUID(job_id)
         except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError):
             return web.json_response({"error": "job_ids must be a list of UUIDs"}, status=400)
-        return web.json_response({"cancelled": any([self._cancel(job_id) for job_id in job_ids])})
+        cancelled = [self._cancel(job_id) for job_id in job_ids]
+        return web.json_response({"cancelled": any(cancelled)})
 
     def _cancel(self, job_id: str) -> bool:
         gone = self._queue.delete(job_id)

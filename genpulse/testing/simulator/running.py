@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,7 +26,7 @@ __all__ = ["Simulator", "run"]
 _START_S = 10.0
 
 
-def run(  # noqa: PLR0913  all are independent settings of a start
+def run(
     host: str = "127.0.0.1",
     port: int = 8188,
     *,
@@ -82,7 +83,7 @@ class Simulator:
         cache: ``last``, ``lru`` or ``none``; by default as the profile has it.
     """
 
-    def __init__(  # noqa: PLR0913  all are independent settings of a start
+    def __init__(
         self,
         data_dir: Path,
         *,
@@ -147,7 +148,7 @@ class Simulator:
             )
             try:
                 self.port = await server.start(self.host, self.port)
-            except BaseException as exc:
+            except BaseException as exc:  # noqa: BLE001  raised again in the thread that waits for the start
                 errors.append(exc)
                 ready.set()
                 return
@@ -187,10 +188,8 @@ class Simulator:
         thread, loop = self._thread, self._loop
         if thread is None or loop is None:
             return
-        try:
+        with suppress(RuntimeError):  # it may have died by itself
             loop.call_soon_threadsafe(self._ended.set)
-        except RuntimeError:
-            pass  # it has died by itself
         thread.join(_START_S)
         self._thread = self._loop = self._server = None
 

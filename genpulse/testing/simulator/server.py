@@ -9,6 +9,9 @@ Source: ComfyUI 0.3.64 ``server.py``; traces 04, 05, 08, 09, 15 to 17, 22 to 25,
 adds what ``PROTOCOL`` section 11 tells of versions after 0.38.
 """
 
+# Paths are joined and compared as text, and on the event loop, because the original does.
+# ruff: noqa: PTH100, PTH113, PTH118, PTH119, PTH122, ASYNC240
+
 from __future__ import annotations
 
 import asyncio
@@ -73,7 +76,7 @@ class Server:
     kills the real one. The command line then really ends the process.
     """
 
-    def __init__(  # noqa: PLR0913  all are independent settings of a start
+    def __init__(
         self,
         data_dir: Path,
         *,
@@ -301,7 +304,7 @@ class Server:
 
     async def _post_queue(self, request: web.Request) -> web.Response:
         body = await request.json()
-        if "clear" in body and body["clear"]:
+        if "clear" in body and body["clear"]:  # noqa: RUF019  a list as body is fine, only an object is looked into
             for item in self.queue.clear():
                 self._log_deleted(item)
         if "delete" in body:
@@ -346,7 +349,7 @@ class Server:
 
     async def _post_history(self, request: web.Request) -> web.Response:
         body = await request.json()
-        if "clear" in body and body["clear"]:
+        if "clear" in body and body["clear"]:  # noqa: RUF019  as above
             self.queue.clear_history()
         if "delete" in body:
             for prompt_id in body["delete"]:

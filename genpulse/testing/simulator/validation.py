@@ -67,7 +67,7 @@ def validate_prompt(prompt: Any, files: Directories, targets: Any = None, *, new
     for output in outputs:
         try:
             valid, errors = check.node(output)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001  reported in the answer, as the original does
             errors = [_exception("exception_during_validation", "Exception when validating node", exc)]
             valid = False
             check.validated[output] = (False, errors)
@@ -168,7 +168,7 @@ class _Check:
             return True
         try:
             valid, found = self.node(above)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001  as above, one node deeper
             more = {
                 "input_name": name,
                 "input_config": config,
@@ -198,7 +198,7 @@ class _Check:
             convert = _CONVERSIONS.get(wanted) if isinstance(wanted, str) else None
             if convert is not None:
                 value = inputs[name] = convert(value)
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001  any failure to convert is the same error
             more = {"input_config": config, "received_value": value, "exception_message": str(exc)}
             message = f"Failed to convert an input value to a {wanted} value"
             errors.append(_input_error("invalid_input_type", message, f"{name}, {value}, {exc}", name, more))

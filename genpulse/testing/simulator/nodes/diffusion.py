@@ -179,7 +179,7 @@ def vae_encode(_ctx: NodeContext, pixels: Images, vae: Model) -> tuple[Any, ...]
     returns=("LATENT",),
     category="sampling",
 )
-def ksampler(  # noqa: PLR0913  the inputs are ComfyUI's
+def ksampler(
     ctx: NodeContext,
     model: Model,
     seed: int,
@@ -217,7 +217,7 @@ def ksampler(  # noqa: PLR0913  the inputs are ComfyUI's
     display_name="KSampler (Advanced)",
     category="sampling",
 )
-def ksampler_advanced(  # noqa: PLR0913  the inputs are ComfyUI's
+def ksampler_advanced(
     ctx: NodeContext,
     model: Model,
     add_noise: str,
@@ -305,12 +305,13 @@ def _landscape(dice: random.Random, width: int, height: int) -> Image.Image:
     pen = ImageDraw.Draw(image)
     for _ in range(dice.randint(3, 7)):
         radius = dice.uniform(0.03, 0.16) * min(width, height)
-        x, y = dice.uniform(0, width), dice.uniform(0, height * 0.6)
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=_colour(dice, 80, 255))
+        left, top_edge = dice.uniform(0, width) - radius, dice.uniform(0, height * 0.6) - radius
+        box = (left, top_edge, left + 2 * radius, top_edge + 2 * radius)
+        pen.ellipse(box, fill=_colour(dice, 80, 255))
     for layer in range(3):
         base = height * (0.55 + 0.13 * layer)
         ridge = [base + dice.uniform(-0.1, 0.1) * height for _ in range(6)]
-        points = [(width * i / 5, y) for i, y in enumerate(ridge)]
+        points = [(width * i / 5, level) for i, level in enumerate(ridge)]
         pen.polygon([(0, height), *points, (width, height)], fill=_colour(dice, 10, 150))
     return image
 

@@ -10,13 +10,20 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from PIL import Image
 
 from genpulse.testing.simulator.files import Directories
-from genpulse.testing.simulator.nodes.registry import Blocked, Images, NodeContext, Outcome, node
+from genpulse.testing.simulator.nodes.registry import (
+    Blocked,
+    Images,
+    NodeContext,
+    NodeFunction,
+    Outcome,
+    node,
+)
 
 _MODULE = "custom_nodes.genpulse_simulator"
 _IMAGE = {"image": ("IMAGE",)}
@@ -36,7 +43,7 @@ def _passed_on(image: Images | None) -> Images:
     return image if image is not None else Images([Image.new("RGB", (64, 64), (128, 128, 128))])
 
 
-def _sim(name: str, **declaration: Any) -> Any:
+def _sim(name: str, **declaration: Any) -> Callable[[NodeFunction], NodeFunction]:
     return node(name, **{"module": _MODULE, "category": "simulator", **declaration})
 
 
