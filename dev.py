@@ -18,10 +18,10 @@ if sys.version_info < (3, 11):  # noqa: UP036 - before anything that an older Py
     for _name in ("python3.13", "python3.12", "python3.11", "python3.14"):
         _found = shutil.which(_name)
         if _found:
-            print("Python %d.%d is too old; going on with %s" % (*sys.version_info[:2], _found), flush=True)  # noqa: UP031
+            print("Python %d.%d is too old; going on with %s" % (*sys.version_info[:2], _found), flush=True)  # noqa: UP031 - readable by any Python
             os.execv(_found, [_found, *sys.argv])
     sys.exit(
-        "GenPulse needs Python 3.11 or newer, and this is %d.%d. Install one (for example with your "  # noqa: UP031
+        "GenPulse needs Python 3.11 or newer, and this is %d.%d. Install one (for example with your "  # noqa: UP031 - readable by any Python
         "system's packages) and start again with it: python3.12 dev.py …" % sys.version_info[:2]
     )
 
