@@ -13,7 +13,7 @@ from sqlalchemy import Engine
 
 from genpulse.config import Settings
 from genpulse.ledger import metadata
-from genpulse.tasks.registry import default_registry
+from genpulse.tasks.registry import Registry, default_registry
 from genpulse.tasks.wiring import open_ledger, open_live, open_storage
 from genpulse.web import access, problems
 from genpulse.web.service import Service
@@ -38,7 +38,7 @@ class _Database(SQLAlchemy):
         return self._engine
 
 
-def create_app(settings: Settings | None = None) -> Flask:
+def create_app(settings: Settings | None = None, *, registry: Registry | None = None) -> Flask:
     """
     Build the web application.
 
@@ -47,6 +47,7 @@ def create_app(settings: Settings | None = None) -> Flask:
 
     Args:
         settings: From the environment if not given.
+        registry: The task types to offer; every installed one if not given.
 
     Raises:
         SettingsError: A setting cannot be used.
@@ -70,7 +71,7 @@ def create_app(settings: Settings | None = None) -> Flask:
         ledger=ledger,
         storage=open_storage(settings),
         live=open_live(settings),
-        registry=default_registry(),
+        registry=registry or default_registry(),
     )
     problems.install(app)
     access.install(app, settings, ROUTES.open_views())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from importlib.resources import files
 
-from flask import Response, render_template, send_file
+from flask import Response, render_template, request
 from pydantic import BaseModel, Field
 
 from genpulse.web.api import ROUTES
@@ -48,4 +49,9 @@ def docs_asset(path: AssetPath) -> Response:
     if path.name not in _ASSETS:
         raise Problem(404, detail="There is nothing at this address.")
     source, content_type = _ASSETS[path.name]
-    return send_file(str(source), mimetype=content_type, max_age=3600)
+    content = source.read_bytes()
+    answer = Response(content, content_type=f"{content_type}; charset=utf-8")
+    answer.set_etag(hashlib.sha256(content).hexdigest()[:32])
+    answer.headers["Cache-Control"] = "public, max-age=3600"
+    answer.make_conditional(request)
+    return answer

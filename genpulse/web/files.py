@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from flask import Response, request
-from werkzeug.datastructures import Range
 from werkzeug.http import unquote_etag
 
 from genpulse.storage import StorageProvider, content_disposition, shows_inline
@@ -47,12 +46,8 @@ def send_stored(
         storage.stat(key)  # what is gone is gone, even for a caller that has it
         return Response(status=304, headers=headers)
     start, stop, status = 0, size_bytes, 200
-    if (wanted := _range(sha256)) is not None:
-        found = wanted.range_for_length(size_bytes)
-        if found is None:
-            outside = {"Content-Range": f"bytes */{size_bytes}"}
-            raise Problem(416, detail=f"The file has {size_bytes} bytes.", headers=outside)
-        start, stop, status = found[0], found[1], 206
+    if (wanted := _range(sha256, size_bytes)) is not None:
+        start, stop, status = *wanted, 206
         headers["Content-Range"] = f"bytes {start}-{stop - 1}/{size_bytes}"
     answer = Response(status=status, headers=headers)
     answer.content_type = content_type if inline else "application/octet-stream"
@@ -73,12 +68,18 @@ def _pieces(stream: BinaryIO) -> Iterator[bytes]:
         yield chunk
 
 
-def _range(sha256: str) -> Range | None:
-    """The one range asked for; ``None`` asks for all, which is what several ranges get too."""
+def _range(sha256: str, size_bytes: int) -> tuple[int, int] | None:
+    """First byte and the one after the last; ``None`` for all, which is what several ranges get too."""
     wanted = request.range
     if request.method != "GET" or wanted is None or wanted.units != "bytes" or len(wanted.ranges) != 1:
         return None
     condition = request.headers.get("If-Range")
     if condition is not None and unquote_etag(condition) != (sha256, False):
         return None
-    return wanted
+    first, stop = wanted.ranges[0]
+    if first < 0:  # the last so many; of a shorter file that is all (RFC 9110, 14.1.2)
+        first, stop = max(0, size_bytes + first), size_bytes
+    if first >= size_bytes:
+        outside = {"Content-Range": f"bytes */{size_bytes}"}
+        raise Problem(416, detail=f"The file has {size_bytes} bytes.", headers=outside)
+    return first, min(stop if stop is not None else size_bytes, size_bytes)

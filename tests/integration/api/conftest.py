@@ -1,0 +1,160 @@
+"""The API in this process, on a real ledger and a real local storage, with one small task type."""
+
+from __future__ import annotations
+
+import io
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pydantic
+import pytest
+import sqlalchemy as sa
+from flask import Flask
+from flask.testing import FlaskClient
+
+from genpulse.config import Settings
+from genpulse.ledger.tables import metadata
+from genpulse.model import Claim, ErrorInfo, NewOutput, OutputKind, TaskStatus
+from genpulse.tasks.registry import BaseHandler, Registry
+from genpulse.web import Service, create_app
+
+KEY = "a key with spaces and ümlauts"
+
+
+class EchoParams(pydantic.BaseModel):
+    """What the test's task type takes."""
+
+    model_config = pydantic.ConfigDict(extra="forbid")
+
+    value: Any = None
+    text: str = ""
+
+
+class Echo(BaseHandler):
+    """A task type that takes any JSON and is never run here."""
+
+    task_type: ClassVar[str] = "echo"
+    aliases: ClassVar[tuple[str, ...]] = ("repeat",)
+    queue: ClassVar[str] = "cpu"
+    params_model: ClassVar[type[pydantic.BaseModel]] = EchoParams
+    summary: ClassVar[str] = "Give back what was given."
+
+    def execute(self, task: Any, context: Any) -> tuple[NewOutput, ...]:
+        """Not run by these tests."""
+        raise NotImplementedError
+
+
+@dataclass
+class Api:
+    """An application and the means to play the worker's part in the ledger."""
+
+    app: Flask
+    client: FlaskClient
+
+    @property
+    def service(self) -> Service:
+        """What the views use."""
+        found: Service = self.app.extensions["genpulse"]
+        return found
+
+    def submit(self, **more: Any) -> dict[str, Any]:
+        """Submit a task; returns the 202's body."""
+        answer = self.client.post("/task", json={"task_type": "echo", "params": {"text": "hi"}, **more})
+        assert answer.status_code == 202, answer.text
+        body: dict[str, Any] = answer.json
+        return body
+
+    def claim(self, task_id: str) -> Claim:
+        """Begin an attempt as a worker does."""
+        found = self.service.ledger.claim(
+            task_id,
+            claim=secrets.token_hex(8),
+            worker="node:1",
+            session_key=1,
+            servers=["gpu1"],
+            lease_s=15,
+        )
+        assert found is not None
+        return found
+
+    def complete(self, task_id: str, *files: tuple[str, bytes, str]) -> None:
+        """Run the task: store *files* (name, content, content type) and finish it."""
+        claim = self.claim(task_id)
+        outputs = []
+        for number, (name, content, content_type) in enumerate(files):
+            key = f"outputs/{task_id}/{claim.fence.attempt}/{number}"
+            stored = self.service.storage.upload_file(
+                key, io.BytesIO(content), content_type=content_type, filename=name
+            )
+            kind = OutputKind.IMAGE if content_type.startswith("image/") else OutputKind.FILE
+            outputs.append(
+                NewOutput(
+                    node_id="9",
+                    name=name,
+                    kind=kind,
+                    content_type=content_type,
+                    size_bytes=stored.size_bytes,
+                    sha256=str(stored.sha256),
+                    key=key,
+                )
+            )
+        ended = self.service.ledger.finish(claim.fence, TaskStatus.COMPLETED, outputs=outputs, run_s=1.5)
+        assert ended is TaskStatus.COMPLETED
+
+    def fail(self, task_id: str) -> None:
+        """Run the task and have it fail."""
+        error = ErrorInfo(code="node_error", message="A node raised.", node_id="3", class_type="KSampler")
+        assert self.service.ledger.finish(self.claim(task_id).fence, TaskStatus.FAILED, error=error)
+
+    def rows(self, table: str) -> int:
+        """How many rows a table has."""
+        with self.service.ledger.engine.connect() as connection:
+            count = sa.select(sa.func.count()).select_from(metadata.tables[table])
+            return int(connection.execute(count).scalar_one())
+
+
+def build(ledger_url: str, data_dir: Path, **settings: Any) -> Api:
+    """An application of its own."""
+    known = {"redis_url": "redis://127.0.0.1:1/0", "max_upload_bytes": 4 * 2**20, "max_body_bytes": 64 * 1024}
+    made = Settings.build(database_url=ledger_url, data_dir=data_dir, **known | settings)
+    app = create_app(made, registry=Registry([Echo]))
+    return Api(app, app.test_client())
+
+
+@pytest.fixture
+def api(ledger_url: str, tmp_path: Path) -> Iterator[Api]:
+    """The API without a key, on both databases in turn."""
+    made = build(ledger_url, tmp_path / "data")
+    yield made
+    made.service.ledger.close()
+
+
+@pytest.fixture
+def lone_api(sqlite_ledger_url: str, tmp_path: Path) -> Iterator[Api]:
+    """The API without a key, on SQLite: for what no database has a say in."""
+    made = build(sqlite_ledger_url, tmp_path / "data")
+    yield made
+    made.service.ledger.close()
+
+
+@pytest.fixture
+def keyed_api(sqlite_ledger_url: str, tmp_path: Path) -> Iterator[Api]:
+    """The API with :data:`KEY`, on SQLite; its client sends no key by itself."""
+    made = build(sqlite_ledger_url, tmp_path / "data", api_key=KEY)
+    yield made
+    made.service.ledger.close()
+
+
+@pytest.fixture
+def bearer() -> dict[str, str]:
+    """The header of a key holder, as a client sends the key's UTF-8 bytes."""
+    return {"Authorization": "Bearer " + KEY.encode().decode("latin-1")}
+
+
+@pytest.fixture(name="build")
+def build_fixture() -> Any:
+    """Build another application: ``build(ledger_url, data_dir, **settings)``."""
+    return build

@@ -1,0 +1,313 @@
+"""Submitting, reading, listing and canceling over HTTP, on both databases."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from typing import Any
+
+import pytest
+
+from genpulse.errors import LedgerUnavailable
+from genpulse.model import TaskStatus
+
+
+def test_202_means_that_the_task_can_be_read(api: Any) -> None:
+    """The answer to a submission leads to the task, and the relay is told after the commit."""
+    woken = []
+    api.service.wake = lambda: woken.append(api.rows("tasks"))
+
+    answer = api.client.post("/task", json={"task_type": "echo", "params": {"text": "hi"}})
+
+    assert answer.status_code == 202
+    assert answer.headers["Location"] == answer.json["urls"]["self"]
+    assert int(answer.headers["Retry-After"]) > 0
+    assert woken == [1]
+    task = api.client.get(answer.headers["Location"]).json
+    assert (task["task_id"], task["status"], task["queue_position"]) == (answer.json["task_id"], "pending", 1)
+
+
+def test_every_state_has_the_same_fields(api: Any) -> None:
+    """One shape, always: a caller never asks whether a field is there."""
+    waiting, running, done, failed, canceled = (api.submit()["task_id"] for _ in range(5))
+    api.claim(running)
+    api.complete(done, ("a.png", b"png", "image/png"))
+    api.fail(failed)
+    api.client.post(f"/task/{canceled}/cancel")
+
+    tasks = [api.client.get(f"/task/{one}").json for one in (waiting, running, done, failed, canceled)]
+
+    assert [task["status"] for task in tasks] == ["pending", "processing", "completed", "failed", "canceled"]
+    assert len({tuple(task) for task in tasks}) == 1
+    assert tasks[3]["error"]["node_id"] == "3"
+    assert tasks[4]["error"]["code"] == "canceled"
+
+
+def test_a_completed_task_names_its_pictures_twice(api: Any) -> None:
+    """``outputs`` says all, ``result`` keeps the words of the original system."""
+    task_id = api.submit()["task_id"]
+    api.complete(task_id, ("notes.bin", b"..", "application/octet-stream"), ("a.png", b"png", "image/png"))
+
+    task = api.client.get(f"/task/{task_id}").json
+
+    assert [output["index"] for output in task["outputs"]] == [0, 1]
+    picture = task["outputs"][1]["url"]
+    assert task["result"] == {"prompt_id": None, "images": [picture], "image_url": picture}
+    assert (task["progress"], task["timings"]["run_s"]) == (100.0, 1.5)
+    assert [attempt["outcome"] for attempt in task["attempts"]] == ["completed"]
+
+
+def test_the_v1_mount_answers_with_v1_links(api: Any) -> None:
+    """Who came in under ``/v1`` is led on under ``/v1``."""
+    answer = api.client.post("/v1/task", json={"task_type": "repeat", "params": {}})
+
+    assert answer.headers["Location"].startswith("http://localhost/v1/task/")
+    assert api.client.get(answer.headers["Location"]).json["task_type"] == "echo"
+
+
+def test_the_public_url_is_what_links_begin_with(lone_api: Any, tmp_path: Any, build: Any) -> None:
+    """Behind a proxy, links lead through the proxy, its path prefix included."""
+    url = lone_api.service.settings.database_url.get_secret_value()
+    behind = build(url, tmp_path / "data", public_url="https://pulse.example/api/")
+
+    assert behind.submit()["urls"]["self"].startswith("https://pulse.example/api/task/")
+    behind.service.ledger.close()
+
+
+def test_the_same_key_and_body_give_the_same_task(api: Any) -> None:
+    """A repeated submission makes nothing new, whatever the order of its keys, and says so."""
+    one = {"task_type": "echo", "params": {"text": "a", "value": 1}}
+    other = {"params": {"value": 1, "text": "a"}, "task_type": "echo"}
+
+    first = api.client.post("/task", json=one, headers={"Idempotency-Key": "k"})
+    second = api.client.post("/task", json=other, headers={"Idempotency-Key": "k"})
+
+    assert (first.status_code, second.status_code) == (202, 202)
+    assert first.json["task_id"] == second.json["task_id"]
+    assert "Idempotency-Replayed" not in first.headers
+    assert second.headers["Idempotency-Replayed"] == "true"
+    assert api.rows("tasks") == 1
+
+
+def test_the_same_key_with_another_body_is_refused(api: Any) -> None:
+    """A key that was used for something else is a mistake of the caller's."""
+    api.client.post("/task", json={"task_type": "echo", "params": {}}, headers={"Idempotency-Key": "k"})
+
+    answer = api.client.post(
+        "/task", json={"task_type": "echo", "params": {"text": "b"}}, headers={"Idempotency-Key": "k"}
+    )
+
+    assert (answer.status_code, answer.json["code"]) == (422, "idempotency_key_reuse")
+    assert api.rows("tasks") == 1
+
+
+def test_many_callers_with_one_key_get_one_task(api: Any) -> None:
+    """Key and task are one transaction, so a race has one winner and everybody gets its task."""
+    answers: list[Any] = []
+    start = threading.Barrier(8)
+
+    def call() -> None:
+        start.wait()
+        answers.append(
+            api.app.test_client().post(
+                "/task", json={"task_type": "echo", "params": {}}, headers={"Idempotency-Key": "race"}
+            )
+        )
+
+    threads = [threading.Thread(target=call) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json["task_id"] for answer in answers}) == 1
+    assert api.rows("tasks") == 1
+
+
+@pytest.mark.parametrize("key", ["", "a b", "ä", "x" * 256, "tab\t"])
+def test_a_key_that_cannot_be_one_is_refused(lone_api: Any, key: str) -> None:
+    """1 to 255 visible characters; anything else would be kept in a form nobody sends again."""
+    answer = lone_api.client.post(
+        "/task", json={"task_type": "echo", "params": {}}, headers={"Idempotency-Key": key}
+    )
+
+    assert (answer.status_code, answer.json["code"]) == (422, "invalid_request")
+    assert answer.json["errors"][0]["pointer"] == "header:Idempotency-Key"
+    assert lone_api.rows("tasks") == 0
+
+
+@pytest.mark.parametrize("task_id", ["nope", str(uuid.uuid4()), "{" + str(uuid.uuid4()) + "}", "%00", "é"])
+@pytest.mark.parametrize("tail", ["", "/outputs/0", "/cancel"])
+def test_an_unknown_task_is_404_whatever_its_id_looks_like(lone_api: Any, task_id: str, tail: str) -> None:
+    """No id is an error of another kind: neither a database's complaint nor a hint."""
+    call = lone_api.client.post if tail == "/cancel" else lone_api.client.get
+
+    answer = call(f"/task/{task_id}{tail}")
+
+    assert (answer.status_code, answer.json["code"]) == (404, "not_found")
+
+
+def test_somebody_elses_task_is_unknown(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another owner gets the very answer of an id that never was, on every route."""
+    task_id = api.submit()["task_id"]
+    api.complete(task_id, ("a.png", b"png", "image/png"))
+    monkeypatch.setattr("genpulse.web.access.OWNER", "somebody else")
+
+    assert api.client.get(f"/task/{task_id}").status_code == 404
+    assert api.client.get(f"/task/{task_id}/outputs/0").status_code == 404
+    assert api.client.post(f"/task/{task_id}/cancel").status_code == 404
+    assert api.client.get(f"/static/assets/outputs/{task_id}/1/0").status_code == 404
+    assert api.client.get("/task").json["tasks"] == []
+
+
+def test_an_unchanged_task_is_304(api: Any) -> None:
+    """A poller that sends the ETag back gets no body until something changed."""
+    task_id = api.submit()["task_id"]
+    etag = api.client.get(f"/task/{task_id}").headers["ETag"]
+
+    same = api.client.get(f"/task/{task_id}", headers={"If-None-Match": etag})
+    api.claim(task_id)
+    changed = api.client.get(f"/task/{task_id}", headers={"If-None-Match": etag})
+
+    assert (same.status_code, same.data) == (304, b"")
+    assert (changed.status_code, changed.json["status"]) == (200, "processing")
+
+
+def test_live_progress_is_shown_and_an_older_attempts_is_not(api: Any, valkey_url: str) -> None:
+    """Progress belongs to an attempt: a new one begins at 0 even while Redis has the old number."""
+    from genpulse.live import Live
+
+    api.service.live = Live(valkey_url)
+    task_id = api.submit()["task_id"]
+    api.claim(task_id)
+
+    api.service.live.publish_progress(task_id, 1, 42.5, {"node_id": "3", "step": 5, "steps": 20})
+    now = api.client.get(f"/task/{task_id}").json
+    api.service.live.publish_progress(task_id, 7, 99.0, {})
+    other = api.client.get(f"/task/{task_id}").json
+    api.service.live.close()
+
+    assert (now["progress"], now["progress_detail"]["step"]) == (42.5, 5)
+    assert other["progress"] == 0.0
+
+
+def test_canceling_a_waiting_task_ends_it_and_may_be_repeated(api: Any) -> None:
+    """200 with the final task, each time."""
+    task_id = api.submit()["task_id"]
+
+    answers = [api.client.post(f"/task/{task_id}/cancel") for _ in range(2)]
+
+    assert [(answer.status_code, answer.json["status"]) for answer in answers] == [(200, "canceled")] * 2
+    assert answers[0].json["attempts"] == []
+
+
+def test_canceling_a_running_task_is_accepted(api: Any) -> None:
+    """202: the worker is asked, and the cancel wins over its later finish."""
+    task_id = api.submit()["task_id"]
+    claim = api.claim(task_id)
+
+    answer = api.client.post(f"/task/{task_id}/cancel")
+
+    assert (answer.status_code, answer.json["status"]) == (202, "processing")
+    api.service.ledger.finish(claim.fence, TaskStatus.COMPLETED)
+    assert api.client.get(f"/task/{task_id}").json["status"] == "canceled"
+
+
+def test_canceling_a_final_task_changes_nothing(api: Any) -> None:
+    """200 with the task as it ended."""
+    task_id = api.submit()["task_id"]
+    api.complete(task_id, ("a.png", b"png", "image/png"))
+
+    answer = api.client.post(f"/task/{task_id}/cancel")
+
+    assert (answer.status_code, answer.json["status"]) == (200, "completed")
+
+
+def test_pages_of_a_list_neither_skip_nor_repeat(api: Any) -> None:
+    """The cursor goes by id, so tasks that arrive between two pages disturb nobody."""
+    made = [api.submit()["task_id"] for _ in range(5)]
+
+    first = api.client.get("/task?limit=2").json
+    api.submit()
+    second = api.client.get(f"/task?limit=2&cursor={first['next_cursor']}").json
+    third = api.client.get(f"/task?limit=2&cursor={second['next_cursor']}").json
+
+    pages = [[task["task_id"] for task in page["tasks"]] for page in (first, second, third)]
+    assert pages == [made[:2:-1], made[2:0:-1], made[:1]]
+    assert third["next_cursor"] is None
+
+
+def test_a_list_is_filtered(api: Any) -> None:
+    """By status, by type and by time of creation."""
+    old, new = api.submit(), api.submit()
+    api.fail(old["task_id"])
+
+    by_status = api.client.get("/task?status=failed").json["tasks"]
+    by_type = api.client.get("/task?task_type=other").json["tasks"]
+    by_time = api.client.get("/task", query_string={"created_after": new["created_at"]}).json["tasks"]
+
+    assert [task["task_id"] for task in by_status] == [old["task_id"]]
+    assert (by_type, by_time) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "limit=0",
+        "limit=201",
+        "limit=x",
+        "limit=1&limit=2",
+        "cursor=x",
+        "status=new",
+        "colour=red",
+        "created_after=1",
+        "created_after=2026-02-30T00:00:00Z",
+        "created_after=0001-01-01T00:00:00%2B23:59",
+        "created_after=2026-01-01T00:00:00",
+        "task_type=%00",
+    ],
+)
+def test_a_query_that_means_nothing_is_refused(api: Any, query: str) -> None:
+    """422 that names the parameter; never a list that was not asked for, and never a 500."""
+    answer = api.client.get(f"/task?{query}")
+
+    assert (answer.status_code, answer.json["code"]) == (422, "invalid_request")
+
+
+def test_labels_come_back_as_they_were(api: Any) -> None:
+    """Metadata is the caller's own, whatever the script."""
+    labels = {"réf": "日本語 🚀", "empty": ""}
+
+    task_id = api.submit(metadata=labels)["task_id"]
+
+    assert api.client.get(f"/task/{task_id}").json["metadata"] == labels
+
+
+def test_a_seed_of_64_bits_is_kept_exactly(api: Any) -> None:
+    """ComfyUI's seeds go up to 2**64 - 1, beyond what a float can hold."""
+    task_id = api.submit(params={"value": 2**64 - 1})["task_id"]
+
+    assert api.service.ledger.get(task_id).params["value"] == 2**64 - 1
+
+
+def test_without_the_ledger_submissions_are_503(lone_api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller is told to come back; nothing pretends to have been accepted."""
+    broken = LedgerUnavailable("connection refused at 10.0.0.7")
+    monkeypatch.setattr(
+        type(lone_api.service.ledger), "submit", lambda *_, **__: (_ for _ in ()).throw(broken)
+    )
+
+    answer = lone_api.client.post("/task", json={"task_type": "echo", "params": {}})
+
+    assert (answer.status_code, answer.json["code"], answer.json["retryable"]) == (503, "unavailable", True)
+    assert int(answer.headers["Retry-After"]) > 0
+    assert "10.0.0.7" not in answer.text
+
+
+def test_the_task_types_come_with_their_schema(lone_api: Any) -> None:
+    """A caller can build a form from it."""
+    (found,) = lone_api.client.get("/task-types").json["task_types"]
+
+    assert (found["task_type"], found["aliases"], found["queue"]) == ("echo", ["repeat"], "cpu")
+    assert found["params_schema"]["properties"]["text"]["type"] == "string"
