@@ -204,7 +204,8 @@ class LocalStorage(StorageProvider):
                 if create:
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(part, dir_fd=fd)
-                        _sync(fd)
+                        if parts[0] != RESERVED:
+                            _sync(fd)
                 below = os.open(part, _DIRECTORY, dir_fd=fd)
                 os.close(fd)
                 fd = below

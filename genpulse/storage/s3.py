@@ -432,7 +432,7 @@ class _Digests:
         return {"ChecksumSHA256": self.sha256} if preset.checksums else {"ContentMD5": self.md5}
 
     def vouched_by(self, answer: Mapping[str, Any]) -> bool:
-        """Whether the answer names a digest that the store made itself. An ETag often is the MD5, not always."""
+        """Whether the answer names a digest which the store made. An ETag is the MD5 often, not always."""
         etag = answer.get("ETag", "").strip('"').lower()
         return answer.get("ChecksumSHA256") == self.sha256 or etag == base64.b64decode(self.md5).hex()
 
