@@ -123,8 +123,7 @@ class Server:
             OSError: The address is taken.
         """
         logger = logging.getLogger("genpulse.testing.simulator.http")
-        logger.addHandler(logging.NullHandler())
-        logger.propagate = False  # the tracebacks of expected 500s help nobody
+        logger.disabled = True  # the tracebacks of expected 500s help nobody
         self._runner = web.AppRunner(
             self._app(), access_log=None, logger=logger, shutdown_timeout=0.05, keepalive_timeout=3630
         )
