@@ -127,8 +127,10 @@ class LocalStorage(StorageProvider):
                 # A delete may prune the folder between its making and the rename: then make it again.
                 for last in (False, False, True):
                     try:
-                        with self._parents_for_writing(parents) as folder:
+                        with self._folder_for_writing(parents) as folder:
                             os.replace(staged.name, name, src_dir_fd=tmp, dst_dir_fd=folder)
+                            # Folders made on the way stand earlier in the file system's journal, so
+                            # that this flush keeps them too; each one more would cost as much again.
                             _sync(folder)
                         break
                     except FileNotFoundError:
@@ -204,8 +206,6 @@ class LocalStorage(StorageProvider):
                 if create:
                     with contextlib.suppress(FileExistsError):
                         os.mkdir(part, dir_fd=fd)
-                        if parts[0] != RESERVED:
-                            _sync(fd)
                 below = os.open(part, _DIRECTORY, dir_fd=fd)
                 os.close(fd)
                 fd = below
@@ -214,7 +214,7 @@ class LocalStorage(StorageProvider):
             os.close(fd)
 
     @contextlib.contextmanager
-    def _parents_for_writing(self, parents: list[str]) -> Iterator[int]:
+    def _folder_for_writing(self, parents: list[str]) -> Iterator[int]:
         with contextlib.ExitStack() as stack:
             try:
                 folder = stack.enter_context(self._folder(*parents))
