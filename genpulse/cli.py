@@ -79,8 +79,8 @@ def cli() -> None:
       3    a service (API, database, broker) cannot be reached
       4    not ready in time; a task that was waited for goes on
       5    the API refused the request
-      130  Ctrl-C
-    """
+      130  Ctrl-C (start-all and demo, once up, end with 0)
+    """  # noqa: D301 - click's own mark, a backspace, keeps lines apart
 
 
 def main() -> NoReturn:
@@ -442,7 +442,7 @@ def submit(
     -i note=@@home          a text that starts with @
 
     Prints the task's id, or with --output the saved files' paths.
-    """
+    """  # noqa: D301 - the same
     graph = read_workflow(workflow)
     console = stderr_console()
     with api(url, api_key) as client:
@@ -525,6 +525,8 @@ def status(as_json: bool, url: str | None, api_key: str | None) -> None:
         from genpulse.terminal import status_parts
 
         console = Console()
+        if not console.is_terminal:
+            console.width = 160  # nobody's window: do not fold
         for part in status_parts(found):
             console.print(part)
     if found.get("status") != "ok":
@@ -550,14 +552,13 @@ def api(url: str | None, api_key: str | None) -> Iterator[Client]:
 
 def default_url(found: Settings) -> str:
     """The configured API, or the one that a ``start-all`` of this data folder serves."""
-    from genpulse.testing.embedded import running_url
+    from genpulse.testing.embedded import local_url, running_url
 
     if found.public_url:
         return found.public_url
     if "port" not in found.model_fields_set and (url := running_url(found.data_dir)):
         return url
-    host = f"[{found.host}]" if ":" in found.host else found.host
-    return f"http://{'127.0.0.1' if found.host in {'0.0.0.0', '::'} else host}:{found.port}"
+    return local_url(found.host, found.port)
 
 
 def read_workflow(file: Any) -> dict[str, Any]:
@@ -641,7 +642,7 @@ def execute(module: str, *arguments: str) -> NoReturn:
     """Become ``python -m module``, with this interpreter, whatever is on ``PATH``."""
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])
+    os.execv(sys.executable, [sys.executable, "-m", module, *arguments])  # noqa: S606 - no shell is the point
 
 
 def stderr_console() -> Console:

@@ -291,7 +291,7 @@ def safe_name(name: str) -> str:
 
 def _settle(part: Path, folder: Path, name: str, sha256: str) -> Path:
     """Give a complete file its name; ``link`` refuses to overwrite where ``rename`` would."""
-    stem, ending = os.path.splitext(name)
+    stem, ending = Path(name).stem, Path(name).suffix
     for number in range(1, 10_000):
         target = folder / (name if number == 1 else f"{stem} ({number}){ending}")
         try:

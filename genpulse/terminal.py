@@ -6,6 +6,7 @@ Everything goes to standard error, so that standard output holds results only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -116,16 +117,25 @@ def _rows(found: Any) -> list[Mapping[str, Any]]:
 
 
 def _table(name: str, rows: list[Mapping[str, Any]]) -> Table:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns = [
+        column for column in dict.fromkeys(name for row in rows for name in row) if column not in _UNSHOWN
+    ]
     table = Table(*columns, title=name, title_justify="left", box=None, header_style="dim")
     for row in rows:
         table.add_row(*(_cell(row.get(column)) for column in columns))
     return table
 
 
+_UNSHOWN = frozenset({"version", "started_at"})
+"""What ``--json`` has and a person does not miss."""
+_INSTANT = re.compile(r"\d{4}-\d\d-\d\dT(\d\d:\d\d:\d\d)")
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, str) and (instant := _INSTANT.match(value)):
+        return f"{instant[1]} UTC"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, Mapping):

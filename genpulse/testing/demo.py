@@ -125,6 +125,8 @@ def run_demo(settings: Settings, options: StackOptions, console: Console, *, onc
             console.print(f"[red]no picture:[/] {error}", highlight=False, soft_wrap=True)
         else:
             code, done = 0, True
+            if not once:
+                stack.start_rest()
             _tell(stack, picture, console)
         if not once and done:
             say("Everything stays up until Ctrl-C.")
@@ -235,11 +237,11 @@ def _tell(stack: EmbeddedStack, picture: _Picture, console: Console) -> None:
         ("Task", f"{stack.api_url}/task/{picture.task_id}"),
         ("API", f"{stack.api_url}   (its page: {stack.api_url}/docs)"),
     ]
-    if stack.options.flower:
+    if "flower" in stack.parts:
         lines.append(("Flower", f"{stack.flower_url}   (user and password: {stack.flower_password_file})"))
     if simulated:
         again = [program, "submit", shlex.quote(str(sample)), "-i", "prompt='a red fox'", "-i", "seed=7"]
-        lines.append(("Another", " ".join([*again, "--url", stack.api_url, "-o", "pictures"])))
+        lines.append(("Another one", " ".join([*again, "--url", stack.api_url, "-o", "pictures"])))
         lines.append(("A real ComfyUI", f"{program} start-all --comfy http://127.0.0.1:8188"))
     say = speaker(console)
     say("")

@@ -49,6 +49,7 @@ __all__ = [
     "EmbeddedStack",
     "StackError",
     "StackOptions",
+    "local_url",
     "migrate_ledger",
     "run_stack",
     "running_url",
@@ -142,7 +143,7 @@ class _Part(threading.Thread):
             else:
                 self.ready.set()
                 if failures:
-                    self._say(f"{self.spec.name} is back")
+                    self._say(f"{self.spec.name} {'is back' if self.spec.probe else 'runs again'}")
                 self._watch()
             if self._stopping.is_set():
                 return
@@ -258,6 +259,7 @@ class EmbeddedStack:
     def __enter__(self) -> Self:
         try:
             self.start()
+            self.start_rest()
         except BaseException:
             self.stop()
             raise
@@ -269,9 +271,7 @@ class EmbeddedStack:
     @property
     def api_url(self) -> str:
         """Where a program on this machine reaches the API."""
-        host = self.settings.host
-        host = LOOPBACK if host in {"0.0.0.0", "localhost"} else "[::1]" if host in {"::", "::1"} else host
-        return f"http://{host}:{self.settings.port}"
+        return local_url(self.settings.host, self.settings.port)
 
     @property
     def flower_url(self) -> str:
@@ -285,7 +285,7 @@ class EmbeddedStack:
 
     def start(self) -> None:
         """
-        Start everything and return when the API answers; workers may still be on their way.
+        Start what renders and return when the API answers; its worker may still be on the way.
 
         Raises:
             StackError: Another stack has this data folder, a port that was asked for is taken, or a
@@ -307,10 +307,13 @@ class EmbeddedStack:
         self._lock.tell({"url": self.api_url, "flower": self.flower_url, "pid": os.getpid()})
         if self.comfy_kind == "simulator":
             self._wait("comfyui")
+        self._say(f"the API answers after {time.monotonic() - began:.1f} s")
+
+    def start_rest(self) -> None:
+        """Start what a first picture does not need: the worker for short work, and Flower."""
         self._begin("worker-cpu", self._worker("cpu"))
         if self.options.flower:
             self._begin("flower", self._flower())
-        self._say(f"the API answers after {time.monotonic() - began:.1f} s")
 
     def stop(self) -> None:
         """Stop everything, users before what they use; repeating is fine."""
@@ -608,6 +611,12 @@ class _StackLock:
         self._file.close()
 
 
+def local_url(host: str, port: int) -> str:
+    """Where a program on this machine reaches a server that listens on *host*."""
+    host = {"0.0.0.0": LOOPBACK, "localhost": LOOPBACK, "::": "::1"}.get(host, host)  # noqa: S104 - not bound
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
 def running_url(data_dir: Path) -> str | None:
     """The API of the ``start-all`` that runs with this data folder, if one does."""
     try:
@@ -651,6 +660,7 @@ def run_stack(settings: Settings, options: StackOptions, console: Console) -> in
     was_up = False
     with until_signaled(stack, console) as signaled:
         stack.start()
+        stack.start_rest()
         was_up = True
         show_stack(stack, console)
         speaker(console)(
@@ -731,7 +741,7 @@ def show_stack(stack: EmbeddedStack, console: Console) -> None:
         say = speaker(console)
         for what, where, log in stack.rows():
             say(f"{what}: {where}" + (f"  (log: {log})" if log else ""))
-    if stack.options.flower:
+    if "flower" in stack.parts:
         speaker(console)(f"Flower's user and password: {_short(stack.flower_password_file)}")
     if stack.comfy_kind == "simulator":
         speaker(console)(

@@ -102,6 +102,7 @@ class FakeApi:
 
 @pytest.fixture
 def api() -> Iterator[FakeApi]:
+    """A fake API on loopback."""
     fake = FakeApi()
     yield fake
     fake.close()
@@ -121,12 +122,14 @@ def own_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
 
 @pytest.fixture
 def workflow(tmp_path: Path) -> str:
+    """A file with a small workflow."""
     path = tmp_path / "workflow.json"
     path.write_text(json.dumps(GRAPH))
     return str(path)
 
 
 def run(*arguments: str, stdin: str | None = None, env: dict[str, str] | None = None) -> Result:
+    """One command line, in this process."""
     return CliRunner().invoke(cli, arguments, input=stdin, env=env)
 
 
@@ -219,7 +222,7 @@ def test_a_local_file_is_uploaded_and_named_as_asset(api: FakeApi, workflow: str
     """``@path`` streams the file first; the task's input names the asset."""
     (tmp_path / 'c"at.png').write_bytes(b"\0meow" * 100_000)
 
-    result = run("submit", workflow, "--url", api.url, "-i", f"image=@{tmp_path}/c\"at.png")
+    result = run("submit", workflow, "--url", api.url, "-i", f'image=@{tmp_path}/c"at.png')
 
     assert result.exit_code == Exit.OK, result.output
     assert api.uploads == [b"\0meow" * 100_000]

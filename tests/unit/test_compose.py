@@ -123,6 +123,7 @@ SCHEMA: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def compose() -> dict[str, Any]:
+    """The file with every variable put in."""
     return read_compose(SECRETS)
 
 

@@ -1,0 +1,80 @@
+"""``genpulse demo`` from outside: a process, a folder, a picture."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from genpulse.testing.demo import COLOR, HEIGHT, WIDTH
+from genpulse.testing.services import free_port, start_simulator
+from tests.support.stacks import StackProcess
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+
+def picture_of(said: str) -> Image.Image:
+    """The picture at the place on disk that the demo named."""
+    named = re.search(r"^Picture +(\S.*)$", said, re.MULTILINE)
+    assert named, said
+    return Image.open(Path(named[1]))
+
+
+def test_demo_once_ends_with_a_picture_and_keeps_earlier_tasks(tmp_path: Path) -> None:
+    """Exit code 0 means a picture of the right size on disk; a second run finds the first one's task."""
+    for run in (1, 2):
+        with StackProcess(tmp_path, "--once", command="demo") as demo:
+            demo.wait_for("POST .* -> 202")
+            demo.descendants()
+            code = demo.process.wait(120)
+
+            assert code == 0, demo.said()
+            assert demo.survivors(20) == []
+            with picture_of(demo.said()) as picture:
+                assert picture.size == (WIDTH, HEIGHT)
+                assert len(picture.getcolors(WIDTH * HEIGHT) or ()) > 16
+            assert "SIMULATED" in demo.said()
+            assert "/docs" in demo.said()
+        with closing(sqlite3.connect(tmp_path / "data" / "genpulse.db")) as ledger:
+            states = [state for (state,) in ledger.execute("SELECT status FROM tasks")]
+        assert states == ["completed"] * run
+
+
+def test_demo_runs_on_a_comfyui_of_yours(tmp_path: Path) -> None:
+    """With --comfy the workflow has core nodes only, and every pixel is known."""
+    with (
+        start_simulator(tmp_path / "comfyui") as comfy,
+        StackProcess(tmp_path, "--once", "--comfy", comfy.url, command="demo") as demo,
+    ):
+        demo.wait_for("POST .* -> 202")
+        demo.descendants()
+
+        assert demo.process.wait(120) == 0, demo.said()
+        wanted = tuple((COLOR ^ 0xFFFFFF) >> shift & 255 for shift in (16, 8, 0))
+        with picture_of(demo.said()) as picture:
+            corner = picture.convert("RGB").getpixel((WIDTH - 1, HEIGHT - 1))
+        assert isinstance(corner, tuple)
+        assert all(abs(have - want) <= 2 for have, want in zip(corner, wanted, strict=True))
+        assert "SIMULATED" not in demo.said()
+
+
+def test_demo_names_a_comfyui_that_is_not_there(tmp_path: Path) -> None:
+    """A wrong --comfy is told before anything is started."""
+    with StackProcess(tmp_path, "--comfy", f"http://127.0.0.1:{free_port()}", command="demo") as demo:
+        assert demo.process.wait(60) == 3
+        assert "no ComfyUI answers" in demo.said()
+        assert not demo.data_dir.exists()
+
+
+def test_ctrl_c_ends_a_demo_that_stays_up(tmp_path: Path) -> None:
+    """Without --once it stays; Ctrl-C stops everything and is no failure."""
+    with StackProcess(tmp_path, command="demo") as demo:
+        demo.wait_for("stays up until Ctrl-C")
+
+        assert demo.end(signal.SIGINT) == 0
+        assert demo.survivors(0) == []
