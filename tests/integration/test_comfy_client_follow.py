@@ -336,7 +336,10 @@ class TestSilence:
             }
             for n in range(1, 60)
         }
-        graph["0"] = {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1}}
+        graph["0"] = {
+            "class_type": "EmptyImage",
+            "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 0},
+        }
         graph["99"] = {"class_type": "SaveImage", "inputs": {"images": ["59", 0], "filename_prefix": "x"}}
         narrow = ((socket.SOL_SOCKET, socket.SO_RCVBUF, 4096),)
         address = simulator.url.replace("http", "ws") + "/ws?clientId=slow"
@@ -346,7 +349,8 @@ class TestSilence:
             run = Run(client, sleeper(0.5))
             finished = run.end()
         finally:
-            slow.sock.close()
+            if slow.sock is not None:
+                slow.sock.close()
 
         assert finished.entry.status == "success"
         assert not finished.heard_from_start
