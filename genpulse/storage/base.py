@@ -338,8 +338,8 @@ def shows_inline(content_type: str) -> bool:
     )
 
 
-_TOKEN = r"[A-Za-z0-9!#$&^_.+-]+"
-_TYPE = re.compile(rf'{_TOKEN}/{_TOKEN}(\s*;\s*{_TOKEN}=({_TOKEN}|"[\x20\x21\x23-\x5b\x5d-\x7e]*"))*')
+_WORD = r"[A-Za-z0-9!#$&^_.+-]+"
+_TYPE = re.compile(rf'{_WORD}/{_WORD}(\s*;\s*{_WORD}=({_WORD}|"[\x20\x21\x23-\x5b\x5d-\x7e]*"))*')
 
 
 def _clean_type(content_type: str) -> str:

@@ -88,7 +88,7 @@ class LocalStorage(StorageProvider):
         """Remove files of ``tmp/`` last written before that time whose writer is gone."""
         limit, removed = time.time() - older_than_s, 0
         with _translated(), self._folder(RESERVED, "tmp") as folder:
-            for name in os.listdir(folder):
+            for name in os.listdir(folder):  # noqa: PTH208 - a descriptor, not a path
                 with contextlib.suppress(FileNotFoundError, BlockingIOError):
                     if os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime > limit:
                         continue

@@ -16,12 +16,13 @@ from __future__ import annotations
 import base64
 import contextlib
 import datetime as dt
+import functools
 import hashlib
 import io
 import mimetypes
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, Literal, cast
 from urllib.parse import quote, unquote
@@ -291,16 +292,30 @@ class S3Storage(StorageProvider):
         )
 
     def _open(self, key: str, start: int, length: int | None) -> BinaryIO:
-        if start == 0 and length is None:
-            return io.BufferedReader(_Body(self, key), CHUNK_BYTES // 4)
-        # A range that leaves the object means 416 to one store, 400 to another, and to OSS "send it all".
+        end = etag = None
+        if start or length is not None:
+            # A range that leaves the object means 416 to one store, 400 to another, and to OSS "send it all".
+            with self._looking_for(key):
+                head = self._client.head_object(Bucket=self.bucket, Key=self._full(key))
+            size, etag = head["ContentLength"], head["ETag"]
+            end = size if length is None else min(size, start + length)
+            if start >= end:
+                return io.BytesIO()
+        fetch = functools.partial(self._fetch, key, end)
+        return io.BufferedReader(_Body(fetch, start, etag), CHUNK_BYTES // 4)
+
+    def _fetch(self, key: str, end: int | None, start: int, etag: str | None) -> Mapping[str, Any]:
+        """GetObject's answer for the bytes from *start* to *end* of one version."""
+        wanted: dict[str, Any] = {"IfMatch": etag} if etag else {}
+        if start or end is not None:
+            wanted["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
         with self._looking_for(key):
-            head = self._client.head_object(Bucket=self.bucket, Key=self._full(key))
-        size = head["ContentLength"]
-        end = size if length is None else min(size, start + length)
-        if start >= end:
-            return io.BytesIO()
-        return io.BufferedReader(_Body(self, key, start, end, head["ETag"]), CHUNK_BYTES // 4)
+            answer = self._client.get_object(Bucket=self.bucket, Key=self._full(key), **wanted)
+        if "Range" in wanted and not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
+            answer["Body"].close()
+            msg = "the object store gave another range than was asked for"
+            raise StorageUnavailable(msg)
+        return answer
 
     def _delete(self, key: str) -> None:
         # One by one: delete_objects needs a Content-MD5 on OSS, which boto3 no longer sends.
@@ -362,30 +377,18 @@ class _Body(io.RawIOBase):
     """An object's bytes from the network; a lost connection is taken up again where it broke."""
 
     def __init__(
-        self, storage: S3Storage, key: str, start: int = 0, end: int | None = None, etag: str | None = None
+        self, fetch: Callable[[int, str | None], Mapping[str, Any]], start: int, etag: str | None
     ) -> None:
-        self._storage = storage
-        self._key = key
+        self._fetch = fetch
         self._at = start
-        self._last = "" if end is None else end - 1
         self._etag = etag
         self._stream: Any = io.BytesIO()  # something to close if connecting fails
         self._connect()
 
     def _connect(self) -> None:
         """Ask for what is still to come, of the same version."""
-        wanted: dict[str, Any] = {"IfMatch": self._etag} if self._etag else {}
-        if self._at or self._last != "":
-            wanted["Range"] = f"bytes={self._at}-{self._last}"
-        storage = self._storage
-        with storage._looking_for(self._key):
-            full = storage._full(self._key)
-            answer = storage._client.get_object(Bucket=storage.bucket, Key=full, **wanted)
-        if "Range" in wanted and not answer.get("ContentRange", "").startswith(f"bytes {self._at}-"):
-            answer["Body"].close()
-            msg = "the object store gave another range than was asked for"
-            raise StorageUnavailable(msg)
-        self._etag = answer.get("ETag")
+        answer = self._fetch(self._at, self._etag)
+        self._etag = answer["ETag"]
         self._stream = answer["Body"]
 
     def readable(self) -> bool:

@@ -369,7 +369,7 @@ class TestHostileInput:
         """Half a picture is not quietly completed with grey."""
         whole = encoded(Image.effect_noise((128, 128), 90).convert("RGB"), form)
 
-        with pytest.raises(InputRejected, match="damaged|no picture"):
+        with pytest.raises(InputRejected, match=r"damaged|no picture"):
             convert(context, whole[: int(len(whole) * part)])
 
     def test_a_picture_that_lies_about_its_size_is_refused(self, context: Context) -> None:
@@ -394,7 +394,7 @@ class TestHostileInput:
     )
     def test_what_is_no_picture_is_refused(self, context: Context, data: bytes) -> None:
         """Also formats that Pillow would hand to other programs, or that nobody needs here."""
-        with pytest.raises(InputRejected, match="no picture|damaged"):
+        with pytest.raises(InputRejected, match=r"no picture|damaged"):
             convert(context, data)
 
     def test_damaged_bytes_never_raise_anything_else(self, context: Context) -> None:
