@@ -293,9 +293,9 @@ class Settings(BaseSettings):
         return self.database_url.get_secret_value() or f"sqlite:///{self.data_dir.absolute() / 'genpulse.db'}"
 
     @property
-    def ledger_direct_url(self) -> str:
-        """The database URL for leases and LISTEN."""
-        return self.database_direct_url.get_secret_value() or self.ledger_url
+    def direct_url_if_any(self) -> str | None:
+        """The database past its transaction pooler, if there is one; for leases and LISTEN."""
+        return self.database_direct_url.get_secret_value() or None
 
     @property
     def uses_sqlite(self) -> bool:

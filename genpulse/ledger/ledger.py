@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 
 from genpulse.errors import LedgerUnavailable
 from genpulse.ledger.dispatching import Dispatching
@@ -24,6 +22,9 @@ class Ledger(Dispatching):
         Raises:
             LedgerUnavailable: The database did not answer.
         """
+        from alembic import command  # half a second of imports that only this call needs
+        from alembic.config import Config
+
         config = Config()
         config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
         try:

@@ -26,6 +26,7 @@ from genpulse.tasks import queues
 from genpulse.tasks.broker import WorkerAMQP
 from genpulse.tasks.producer import broker_url, celery_queue, result_backend
 from genpulse.tasks.registry import Registry, RegistryError, default_registry
+from genpulse.telemetry import setup_logging
 
 __all__ = ["GenPulseRequest", "build_app", "node_name", "refusal"]
 
@@ -157,9 +158,9 @@ def _on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None
         _stop(error)
     if reason := refusal(settings):
         _stop(reason)
-    from genpulse.tasks import background
+    from genpulse.tasks import drain
 
-    background.prepare_drain()  # before the first fork: the children see the same byte
+    drain.prepare_drain()  # before the first fork: the children see the same byte
     asked = _asked_queues(conf, options)
     servers = [server.name for server in settings.servers]
     if not options.get("concurrency"):
@@ -167,9 +168,9 @@ def _on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None
     host = socket.gethostname()
     if instance.hostname == f"celery@{host}" and not _names_the_node(sys.argv):
         instance.hostname = node_name(asked, os.getpid(), host)
-    from genpulse.tasks import background
+    from genpulse.tasks import drain
 
-    background.prepare_drain()
+    drain.prepare_drain()
     global _node  # noqa: PLW0603 - the children inherit it: Celery's signal in them names no worker
     _node = instance.hostname
 
@@ -204,11 +205,17 @@ def _gave_queues(instance: Any) -> bool:
     return instance.app.amqp.queues._consume_from is not None  # noqa: SLF001 - Celery keeps -Q nowhere else
 
 
+def _on_setup_logging(loglevel: Any = None, **_: Any) -> None:
+    """Ours instead of Celery's: all lines of a worker look the same."""
+    settings = Settings.from_env()
+    setup_logging(loglevel or settings.log_level, settings.log_format)
+
+
 def _on_worker_ready(sender: Any = None, **_: Any) -> None:
-    from genpulse.tasks import background, mirror
+    from genpulse.tasks import mirror, presence
 
     mirror.parent_notes().start()
-    background.start_in_worker(sender)
+    presence.start_in_worker(sender)
 
 
 def _on_worker_process_init(sender: Any = None, **_: Any) -> None:
@@ -226,9 +233,9 @@ def _on_worker_process_shutdown(**_: Any) -> None:
 
 def _on_worker_shutting_down(**_: Any) -> None:
     """SIGTERM, and again for a second one."""
-    from genpulse.tasks import background
+    from genpulse.tasks import drain
 
-    background.begin_drain()
+    drain.begin_drain()
 
 
 def _on_worker_shutdown(**_: Any) -> None:
@@ -254,6 +261,7 @@ def _note_lost_child(task_id: str, node: str, pid: object) -> None:
 
 
 _RECEIVERS = (
+    (signals.setup_logging, _on_setup_logging),
     (signals.celeryd_init, _on_celeryd_init),
     (signals.celeryd_after_setup, _on_celeryd_after_setup),
     (signals.worker_ready, _on_worker_ready),

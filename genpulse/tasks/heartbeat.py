@@ -94,9 +94,8 @@ class Heartbeat:
     def __init__(self, settings: Settings, worker_drains: Callable[[], bool]) -> None:
         self._settings = settings
         self._worker_drains = worker_drains
-        direct = settings.ledger_direct_url if settings.database_direct_url.get_secret_value() else None
         self._ledger: Ledger = wiring.open_ledger(settings)
-        self._session = ProcessSession(self._ledger, direct)
+        self._session = ProcessSession(self._ledger, settings.direct_url_if_any)
         self._runs: dict[str, tuple[Fence, Signals]] = {}
         self._lock = threading.Lock()
         self._reader, self._writer = os.pipe()

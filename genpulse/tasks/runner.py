@@ -58,8 +58,10 @@ from genpulse.model import (
     TaskStatus,
 )
 from genpulse.storage import StorageProvider
-from genpulse.tasks import background, queues, wiring
+from genpulse.tasks import queues, wiring
+from genpulse.tasks.drain import is_draining
 from genpulse.tasks.heartbeat import Heartbeat, Signals
+from genpulse.tasks.presence import open_pool
 from genpulse.tasks.registry import Registry, default_registry
 from genpulse.tasks.retry import backoff_s
 
@@ -358,7 +360,7 @@ class Runner:
                     lease_s=self.settings.lease_s,
                 )
             except LedgerUnavailable as error:
-                if time.monotonic() > deadline or background.is_draining():
+                if time.monotonic() > deadline or is_draining():
                     log.warning("claim_given_up", task_id=task_id, reason=str(error))
                     return None
                 time.sleep(0.5)
@@ -602,7 +604,7 @@ def start_child(node: str) -> None:
         node: The worker's node name, for example ``genpulse-comfy-4711@host``.
     """
     settings = Settings.from_env()
-    heartbeat = Heartbeat(settings, background.is_draining)
+    heartbeat = Heartbeat(settings, is_draining)
     heartbeat.start()
     global _runner  # noqa: PLW0603  # one per child process
     _runner = Runner(
@@ -610,7 +612,7 @@ def start_child(node: str) -> None:
         ledger=wiring.open_ledger(settings, pool_size=1),
         storage=wiring.open_storage(settings),
         live=wiring.open_live(settings),
-        pool=wiring.open_pool(settings),
+        pool=open_pool(settings),
         registry=default_registry(),
         heartbeat=heartbeat,
         worker=f"{node}:{os.getpid()}",
@@ -630,7 +632,7 @@ def run_message(task_id: str) -> dict[str, Any] | None:
     if _runner is None:  # an in-process worker, as tests start: it has no child set-up of its own
         start_child(f"inline@{socket.gethostname()}")
     assert _runner is not None
-    if background.is_draining():
+    if is_draining():
         return None
     return _runner.run(task_id)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from genpulse.comfy.pool import Server, ServerPool
 from genpulse.config import Settings
 from genpulse.ledger import Ledger
 from genpulse.live import Live
 from genpulse.storage import LocalStorage, S3Storage, StorageProvider
 
-__all__ = ["open_ledger", "open_live", "open_pool", "open_storage"]
+__all__ = ["open_ledger", "open_live", "open_storage"]
 
 
 def open_ledger(settings: Settings, *, pool_size: int = 0) -> Ledger:
@@ -26,11 +25,6 @@ def open_ledger(settings: Settings, *, pool_size: int = 0) -> Ledger:
 def open_live(settings: Settings) -> Live:
     """Live progress and wake-up calls."""
     return Live(settings.redis_url.get_secret_value())
-
-
-def open_pool(settings: Settings) -> ServerPool:
-    """The ComfyUI servers of this worker."""
-    return ServerPool([Server(server.name, server.url) for server in settings.servers])
 
 
 def open_storage(settings: Settings) -> StorageProvider:

@@ -645,7 +645,7 @@ def migrate_ledger(settings: Settings, *, wait_s: float) -> None:
     ends = time.monotonic() + wait_s
     while True:
         try:
-            Ledger.connect(settings.ledger_direct_url).migrate()
+            Ledger.connect(settings.direct_url_if_any or settings.ledger_url).migrate()
         except LedgerUnavailable:
             if time.monotonic() > ends:
                 raise

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -108,6 +109,7 @@ class Cluster:
             url=self.url,
             probe=answers_http(f"{self.url}/health"),
         )
+        self.started_at = time.monotonic()
         self.http = requests.Session()
         self.stack.callback(self.http.close)
 

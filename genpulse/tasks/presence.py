@@ -1,0 +1,137 @@
+"""
+What a worker's main process does besides Celery's own work: it is seen, and it looks after its servers.
+
+Its row in the ledger is its heartbeat. It consumes only while a ComfyUI server of its own is healthy,
+and it stops the prompts on its servers that nobody waits for any more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from typing import Any
+
+import structlog
+
+import genpulse
+from genpulse.comfy.pool import Server, ServerPool
+from genpulse.config import Settings
+from genpulse.errors import ComfyUnavailable, LedgerUnavailable
+from genpulse.ledger import ProcessSession
+from genpulse.tasks import background, queues
+from genpulse.tasks.background import Background, logged
+from genpulse.tasks.drain import is_draining
+
+__all__ = ["WorkerBackground", "open_pool", "start_in_worker"]
+
+log = structlog.get_logger("genpulse.presence")
+
+JANITOR_S = 0.5
+
+
+def open_pool(settings: Settings) -> ServerPool:
+    """The ComfyUI servers of this worker."""
+    return ServerPool([Server(server.name, server.url) for server in settings.servers])
+
+
+def start_in_worker(consumer: Any) -> Background:
+    """Start relay, sweeper, presence and janitor in this worker's main process."""
+    return background.run(WorkerBackground(Settings.from_env(), consumer))
+
+
+class WorkerBackground(Background):
+    """
+    What a worker's main process adds: its row in the ledger, its servers' health, its strays.
+
+    Args:
+        consumer: Celery's consumer, to stop and start consuming with the health of the servers.
+    """
+
+    def __init__(self, settings: Settings, consumer: Any) -> None:
+        super().__init__(settings, forks=True)
+        self._consumer = consumer
+        self._name = str(consumer.hostname)
+        self._pool: ServerPool = open_pool(settings)
+        self._session = ProcessSession(self.ledger, settings.direct_url_if_any)
+        self._paused: set[str] = set()
+        self.run_every(min(settings.beat_s, 2.0), self._present, "presence")
+        if settings.servers:
+            self.run_every(JANITOR_S, self._clean, "janitor")
+
+    def start(self) -> None:
+        """Register at once, so that the runway knows the slots, then start the threads."""
+        with logged("presence"):
+            self._present()
+        super().start()
+
+    def stop(self, wait_s: float = 3.0) -> None:
+        """Stop, and leave no row behind."""
+        with logged("presence"), self.quiet():
+            self.ledger.forget_worker(self._name, self._session.key)
+            self._session.release()
+        super().stop(wait_s)
+
+    def _present(self) -> None:
+        self._pool.probe_all()
+        consuming = self._consume_if_healthy()
+        with self.quiet():
+            with contextlib.suppress(LedgerUnavailable):
+                self._session.hold()
+            self.ledger.register_worker(
+                name=self._name,
+                host=socket.gethostname(),
+                pid=os.getpid(),
+                queues=self._queue_names(),
+                servers=[state.as_dict() for state in self._pool.states()],
+                slots=int(self._consumer.pool.num_processes or 1),
+                consuming=consuming and not is_draining(),
+                session_key=self._session.key,
+                version=genpulse.__version__,
+            )
+
+    def _queue_names(self) -> list[str]:
+        consumed = {str(name) for name in self._consumer.app.amqp.queues.consume_from}
+        return sorted(consumed | self._paused)
+
+    def _consume_if_healthy(self) -> bool:
+        """
+        Stop consuming the queues that need a ComfyUI server while none is healthy, and begin again.
+
+        Celery's consumer belongs to the main thread's loop: ``call_soon`` hands the change over.
+        """
+        if not self.settings.servers:
+            return True
+        healthy = bool(self._pool.healthy())
+        if healthy and self._paused:
+            names, self._paused = self._paused, set()
+            log.info("consuming_again", queues=sorted(names))
+            for name in names:
+                self._consumer.call_soon(self._consumer.add_task_queue, name)
+        elif not healthy and not self._paused:
+            names = {
+                name
+                for name in map(str, self._consumer.app.amqp.queues.consume_from)
+                if queues.describe(queues.base_queue(name)).on_servers
+            }
+            log.warning("not_consuming", reason="no healthy ComfyUI server", queues=sorted(names))
+            self._paused = names
+            for name in names:
+                self._consumer.call_soon(self._consumer.cancel_task_queue, name)
+        return healthy
+
+    def _clean(self) -> None:
+        """Stop prompts on our servers that nobody waits for any more."""
+        names = [server.name for server in self.settings.servers]
+        with self.quiet():
+            strays = self.ledger.strays_on(names)
+        for stray in strays:
+            client = self._pool.client(stray.server)
+            try:
+                gone = client.stop(stray.prompt_id, within_s=2.0).is_over
+            except ComfyUnavailable as error:
+                gone = error.refused
+            if gone:
+                log.info("stray_gone", server=stray.server, prompt_id=stray.prompt_id, task_id=stray.task_id)
+                with self.quiet():
+                    self.ledger.forget_stray(stray)
