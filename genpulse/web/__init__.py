@@ -61,8 +61,6 @@ def create_app(settings: Settings | None = None, *, registry: Registry | None = 
     settings = settings or Settings.from_env()
     app = Contract(__name__, ROUTES, MODELS)
     app.json.sort_keys = False  # type: ignore[attr-defined]  # Flask's default provider has it
-    # A path means what it says: "a//b" is no other word for "a/b".
-    app.url_map.merge_slashes = False
     ledger = open_ledger(settings, pool_size=min(8, settings.api_threads))
     app.config.update(MAX_CONTENT_LENGTH=settings.max_body_bytes, SQLALCHEMY_DATABASE_URI=settings.ledger_url)
     _Database(ledger.engine).init_app(app)

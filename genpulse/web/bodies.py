@@ -210,7 +210,7 @@ def _check(value: Any, path: list[str | int]) -> None:
             raise _too_deep()
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             if isinstance(key, str):
-                _check_text(key, path)
+                _check_text(key, [*path, key])
             path.append(key)
             _check(item, path)
             path.pop()

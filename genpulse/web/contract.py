@@ -134,6 +134,8 @@ class Contract(OpenAPI):
             static_folder=None,
         )
         self.openapi_version = "3.1.0"
+        # A path means what it says: "a//b" is no other word for "a/b". Rules take this over when added.
+        self.url_map.merge_slashes = False
         self._models = tuple(models)
         # Two mounts of one table: the document has each operation once, with both as its servers.
         self.register_api(routes.blueprint("api", documented=True))

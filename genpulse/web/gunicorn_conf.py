@@ -26,9 +26,10 @@ preload_app = False
 timeout = 60
 graceful_timeout = 10
 keepalive = 20
-if Path("/dev/shm").is_dir():
+_memory = Path("/dev/shm")  # noqa: S108  # gunicorn makes an unnamed file there
+if _memory.is_dir():
     # Heartbeats go to memory where there is some: a slow disk must not look like a hung worker.
-    worker_tmp_dir = "/dev/shm"
+    worker_tmp_dir = str(_memory)
 loglevel = _settings.log_level.lower()
 accesslog = None
 forwarded_allow_ips = "127.0.0.1,::1"

@@ -349,9 +349,7 @@ class Health(_Answer):
 
 
 class StatusView(BaseModel):
-    """
-    What works. Queues, workers and servers are told to key holders only.
-    """
+    """What works. Queues, workers and servers are told to key holders only."""
 
     model_config = ConfigDict(extra="allow")
 
