@@ -52,13 +52,25 @@ class Dispatching(Running):
                 task.dispatched_at.is_(None),
                 task.bound_server.is_(None),
                 task.available_at <= now(),
+                sa.tuple_(task.queue, task.priority)
+                > sa.tuple_(
+                    sa.bindparam("queue", type_=sa.String), sa.bindparam("priority", type_=sa.Integer)
+                ),
             )
-            .group_by(task.queue, task.priority)
+            .order_by(task.queue, task.priority)
+            .limit(1)
         )
-        found: dict[str, list[int]] = {}
-        for queue, priority in self._read(lambda connection: connection.execute(query).all()):
-            found.setdefault(queue, []).append(priority)
-        return found
+
+        def leap(connection: sa.Connection) -> dict[str, list[int]]:
+            # From one pair to the next along the index: a GROUP BY would read the whole backlog.
+            found: dict[str, list[int]] = {}
+            last = {"queue": "", "priority": -1}
+            while (row := connection.execute(query, last).first()) is not None:
+                found.setdefault(row.queue, []).append(row.priority)
+                last = {"queue": row.queue, "priority": row.priority}
+            return found
+
+        return self._read(leap)
 
     def runway(self) -> dict[str, dict[int, int]]:
         """How many waiting messages each queue has in the broker, by priority."""
@@ -117,9 +129,16 @@ class Dispatching(Running):
 
     def _take(self, chosen: sa.Select[tuple[str]]) -> list[Dispatch]:
         task = t.tasks.c
+        # A common table, because PostgreSQL may run a LIMIT … FOR UPDATE subquery once for each row
+        # of the outer table, and take more than the limit.
+        rows_taken = chosen.cte("chosen")
         statement = (
             sa.update(t.tasks)
-            .where(task.id.in_(chosen), task.status == TaskStatus.PENDING, task.dispatched_at.is_(None))
+            .where(
+                task.id.in_(sa.select(rows_taken.c.id)),
+                task.status == TaskStatus.PENDING,
+                task.dispatched_at.is_(None),
+            )
             .values(dispatched_at=now())
             .returning(
                 task.id,
@@ -153,7 +172,7 @@ class Dispatching(Running):
                     )
                     .values(dispatched_at=None)
                 ).rowcount
-                for each in dispatches
+                for each in sorted(dispatches, key=lambda each: each.task_id)  # one order for all who lock
             )
 
         return self._write(undo) if dispatches else 0
@@ -175,44 +194,41 @@ class Dispatching(Running):
     def expire(self) -> int:
         """Fail tasks that were not started before their expiry time. Returns how many."""
         task = t.tasks.c
-        statement = (
-            sa.update(t.tasks)
-            .where(
-                task.status == TaskStatus.PENDING,
-                task.attempt == 0,
-                task.expires_at.is_not(None),
-                task.expires_at <= now(),
-            )
-            .values(
-                status=TaskStatus.FAILED,
-                completed_at=now(),
-                updated_at=now(),
-                error=EXPIRED.as_dict(),
-            )
+        return self._sweep_pending(
+            (task.attempt == 0, task.expires_at <= now()),
+            status=TaskStatus.FAILED,
+            completed_at=now(),
+            error=EXPIRED.as_dict(),
         )
-        due = sa.select(sa.literal(1)).where(
-            task.status == TaskStatus.PENDING, task.attempt == 0, task.expires_at <= now()
-        )
-        if self._read(lambda connection: connection.execute(due.limit(1)).first()) is None:
-            return 0
-        return self._write(lambda connection: connection.execute(statement).rowcount)
 
     def release_bindings(self, live_servers: Collection[str]) -> int:
         """Free tasks bound to a server that no live worker serves, once they have waited long enough."""
         task = t.tasks.c
-        condition = (
-            task.status == TaskStatus.PENDING,
-            task.bound_server.is_not(None),
-            task.bound_server.not_in(list(live_servers)),
-            sa.or_(task.bound_until.is_(None), task.bound_until <= now()),
+        return self._sweep_pending(
+            (
+                task.bound_server.is_not(None),
+                task.bound_server.not_in(list(live_servers)),
+                sa.or_(task.bound_until.is_(None), task.bound_until <= now()),
+            ),
+            bound_server=None,
+            bound_until=None,
+            dispatched_at=None,
         )
-        found = sa.select(sa.literal(1)).where(*condition).limit(1)
+
+    def _sweep_pending(self, condition: tuple[sa.ColumnElement[bool], ...], **values: Any) -> int:
+        """
+        Change the pending tasks for which *condition* holds; takes the write lock only if there are any.
+
+        Rows that somebody else is writing are left for the next pass: two statements over many rows
+        that wait for each other's would be a deadlock.
+        """
+        task = t.tasks.c
+        found = sa.select(task.id).where(task.status == TaskStatus.PENDING, *condition).limit(_MAX_BATCH)
         if self._read(lambda connection: connection.execute(found).first()) is None:
             return 0
+        chosen = found.with_for_update(skip_locked=True).cte("chosen")
         statement = (
-            sa.update(t.tasks)
-            .where(*condition)
-            .values(bound_server=None, bound_until=None, dispatched_at=None, updated_at=now())
+            sa.update(t.tasks).where(task.id.in_(sa.select(chosen.c.id))).values(**values, updated_at=now())
         )
         return self._write(lambda connection: connection.execute(statement).rowcount)
 

@@ -281,16 +281,14 @@ class Requests(Base):
         ahead = (
             sa.select(sa.literal(1))
             .where(
+                t.tasks.c.completed_at.is_(None),  # names the index, whose range this is
                 t.tasks.c.status == TaskStatus.PENDING,
                 t.tasks.c.queue == task.queue,
-                sa.or_(
-                    t.tasks.c.priority < task.priority.step,
-                    sa.and_(t.tasks.c.priority == task.priority.step, t.tasks.c.created_at < task.created_at),
-                    sa.and_(
-                        t.tasks.c.priority == task.priority.step,
-                        t.tasks.c.created_at == task.created_at,
-                        t.tasks.c.id < task.id,
-                    ),
+                sa.tuple_(t.tasks.c.priority, t.tasks.c.created_at, t.tasks.c.id)
+                < sa.tuple_(
+                    sa.literal(task.priority.step, t.tasks.c.priority.type),
+                    sa.literal(task.created_at, t.tasks.c.created_at.type),
+                    sa.literal(task.id, t.tasks.c.id.type),
                 ),
             )
             .limit(POSITION_LIMIT)

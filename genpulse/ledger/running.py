@@ -290,14 +290,14 @@ class Running(Requests):
         """
 
         def record(connection: sa.Connection) -> bool:
-            if not self._update_attempt(
-                connection, fence, server=server, prompt_id=prompt_id, client_id=client_id, submitted_at=now()
-            ):
-                return False
             values: dict[str, Any] = {"bound_server": None, "bound_until": None}
             if not adopted:
                 values["deadline_at"] = None
-            connection.execute(sa.update(t.tasks).where(*_of(fence)).values(**values))
+            if not self._update_task(connection, fence, **values):
+                return False
+            self._update_attempt(
+                connection, fence, server=server, prompt_id=prompt_id, client_id=client_id, submitted_at=now()
+            )
             if adopted:
                 deadline = (
                     sa.select(t.tasks.c.deadline_at).where(t.tasks.c.id == fence.task_id).scalar_subquery()
@@ -342,11 +342,16 @@ class Running(Requests):
         return self._write(start)
 
     def record_rendered(self, fence: Fence) -> bool:
-        """The prompt has ended well: stop the rendering clock; storing has its own limit."""
+        """
+        The prompt has ended well: stop the rendering clock; storing has its own limit.
+
+        The deadline goes, or an attempt that adopts the finished prompt would be too late at once.
+        """
 
         def record(connection: sa.Connection) -> bool:
-            if not self._update_attempt(connection, fence, rendered_at=now()):
+            if not self._update_task(connection, fence, deadline_at=None):
                 return False
+            self._update_attempt(connection, fence, rendered_at=now())
             connection.execute(
                 sa.update(t.leases).where(t.leases.c.claim == fence.claim).values(deadline_at=None)
             )
@@ -749,6 +754,15 @@ class Running(Requests):
                 )
                 .on_conflict_do_nothing()
             )
+
+    def _update_task(self, connection: sa.Connection, fence: Fence, **values: Any) -> bool:
+        """
+        Write to the running attempt's task; false if the fence does not match.
+
+        The task's row comes first in every transaction, then the attempt's, then the lease: two that
+        lock in different orders would wait for each other.
+        """
+        return connection.execute(sa.update(t.tasks).where(*_of(fence)).values(**values)).rowcount == 1
 
     def _update_attempt(self, connection: sa.Connection, fence: Fence, **values: Any) -> bool:
         """Write to the running attempt's row; false if this attempt is not the running one."""

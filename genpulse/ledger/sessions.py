@@ -57,6 +57,7 @@ class ProcessSession:
         # Its own engine: behind a transaction pooler a session lock needs the direct address.
         self._direct = Ledger.connect(direct_url) if direct_url else ledger
         self._connection: sa.PoolProxiedConnection | None = None
+        self._locked = False
         self._file: int | None = None
         _sessions.add(self)
 
@@ -88,8 +89,15 @@ class ProcessSession:
         elif self._file is None:
             folder = _folder(self._ledger)
             folder.mkdir(exist_ok=True)
-            self._file = os.open(folder / str(self.key), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-            fcntl.flock(self._file, fcntl.LOCK_EX)
+            path = folder / str(self.key)
+            while True:
+                file = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+                fcntl.flock(file, fcntl.LOCK_EX)
+                # Between the two lines a sweeper may have collected the file as a dead process's.
+                if os.fstat(file).st_nlink:
+                    self._file = file
+                    return
+                os.close(file)
 
     def _hold_connection(self) -> None:
         try:
@@ -97,17 +105,21 @@ class ProcessSession:
                 self._connection = self._direct.engine.raw_connection()
                 self._connection.dbapi_connection.autocommit = True  # type: ignore[union-attr]  # just connected
                 with contextlib.closing(self._connection.cursor()) as cursor:
-                    cursor.execute("SELECT pg_try_advisory_lock(%s)", (self.key,))
                     cursor.execute("LISTEN genpulse")
-            else:
-                with contextlib.closing(self._connection.cursor()) as cursor:
-                    cursor.execute("SELECT 1")
+            with contextlib.closing(self._connection.cursor()) as cursor:
+                # Not the first time: our own lost connection may still hold it on the server.
+                cursor.execute("SELECT 1" if self._locked else "SELECT pg_try_advisory_lock(%s)", (self.key,))
+                self._locked = cursor.fetchone() not in {None, (False,)}
+            # Words that came with the answer, not through wait(). The beat that follows sees what they
+            # announce; kept, they would pile up where nobody waits for words.
+            self._connection.dbapi_connection.notifies.clear()  # type: ignore[union-attr]  # it answered
         except Exception as error:
             self._drop_connection()
             # The driver raises its own and SQLAlchemy's classes; every one of them means "not now".
             raise LedgerUnavailable(str(error).partition("\n")[0]) from error
 
     def _drop_connection(self) -> None:
+        self._locked = False
         if self._connection is not None:
             with contextlib.suppress(Exception):  # it is broken already
                 self._connection.invalidate()
@@ -163,7 +175,7 @@ class SessionProbe:
         except FileNotFoundError:
             return False
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two who look do not deceive each other
         except BlockingIOError:
             return True
         finally:

@@ -93,18 +93,31 @@ tasks = sa.Table(
         "queue",
         "priority",
         "created_at",
-        **_live("status = 'pending'"),
+        "id",
+        **_live("status = 'pending' AND dispatched_at IS NULL"),
     ),
-    sa.Index("ix_tasks_live", "queue", "status", **_live("completed_at IS NULL")),
+    sa.Index(
+        "ix_tasks_live",
+        "queue",
+        "status",
+        "priority",
+        "created_at",
+        "id",
+        "completed_at",  # always NULL here; SQLite then reads nothing but the index
+        **_live("completed_at IS NULL"),
+    ),
+    # Apart from the outbox, so that a long backlog costs the relay and the sweeper nothing.
     sa.Index(
         "ix_tasks_runway",
         "queue",
+        "priority",
         "dispatched_at",
         **_live("status = 'pending' AND dispatched_at IS NOT NULL"),
     ),
     sa.Index("ix_tasks_bound", "bound_server", **_live("status = 'pending' AND bound_server IS NOT NULL")),
     sa.Index("ix_tasks_expiry", "expires_at", **_live("status = 'pending' AND expires_at IS NOT NULL")),
     sa.Index("ix_tasks_ended", "completed_at", **_live("completed_at IS NOT NULL")),
+    sa.Index("ix_tasks_run_time", "task_type", "completed_at", **_live("run_s IS NOT NULL")),
 )
 
 attempts = sa.Table(

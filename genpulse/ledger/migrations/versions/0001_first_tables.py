@@ -97,7 +97,7 @@ def upgrade() -> None:
     op.create_index(
         "ix_tasks_live",
         "tasks",
-        ["queue", "status"],
+        ["queue", "status", "priority", "created_at", "id", "completed_at"],
         unique=False,
         postgresql_where=sa.text("completed_at IS NULL"),
         sqlite_where=sa.text("completed_at IS NULL"),
@@ -105,16 +105,24 @@ def upgrade() -> None:
     op.create_index(
         "ix_tasks_outbox",
         "tasks",
-        ["queue", "priority", "created_at"],
+        ["queue", "priority", "created_at", "id"],
         unique=False,
-        postgresql_where=sa.text("status = 'pending'"),
-        sqlite_where=sa.text("status = 'pending'"),
+        postgresql_where=sa.text("status = 'pending' AND dispatched_at IS NULL"),
+        sqlite_where=sa.text("status = 'pending' AND dispatched_at IS NULL"),
+    )
+    op.create_index(
+        "ix_tasks_run_time",
+        "tasks",
+        ["task_type", "completed_at"],
+        unique=False,
+        postgresql_where=sa.text("run_s IS NOT NULL"),
+        sqlite_where=sa.text("run_s IS NOT NULL"),
     )
     op.create_index("ix_tasks_owner_id", "tasks", ["owner", "id"], unique=False)
     op.create_index(
         "ix_tasks_runway",
         "tasks",
-        ["queue", "dispatched_at"],
+        ["queue", "priority", "dispatched_at"],
         unique=False,
         postgresql_where=sa.text("status = 'pending' AND dispatched_at IS NOT NULL"),
         sqlite_where=sa.text("status = 'pending' AND dispatched_at IS NOT NULL"),
