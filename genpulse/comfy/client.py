@@ -131,7 +131,6 @@ class ViewedFile(io.RawIOBase):
     def __init__(self, response: requests.Response) -> None:
         super().__init__()
         self._response = response
-        self._seen = 0
         self.content_type = (
             response.headers.get("Content-Type", "application/octet-stream").split(";")[0].strip()
         )
@@ -149,11 +148,7 @@ class ViewedFile(io.RawIOBase):
             return 0
         with _our_errors():
             data = self._response.raw.read(len(view), decode_content=True)
-        if not data and self.length is not None and self._seen < self.length:
-            msg = "the ComfyUI server broke off in the middle of an output"
-            raise ComfyUnavailable(msg)
         view[: len(data)] = data
-        self._seen += len(data)
         return len(data)
 
     def close(self) -> None:

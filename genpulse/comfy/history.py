@@ -221,8 +221,8 @@ def _outputs(nodes: Mapping[str, Any]) -> Iterator[ServerOutput]:
         if not isinstance(output, Mapping):
             continue
         for key, items in output.items():
-            # `animated` is a flag that SaveAnimatedWEBP and the video nodes put beside their files.
-            if isinstance(key, str) and isinstance(items, list) and key != "animated":
+            # Flags beside files, like `animated: [true]`, are neither files nor texts.
+            if isinstance(key, str) and isinstance(items, list):
                 yield from _items(node_id, key, items)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from genpulse.comfy import client as client_module
-from genpulse.comfy.client import ComfyClient, Place, ServerFile
+from genpulse.comfy.client import ComfyClient, Place, QueueSnapshot, ServerFile
 from genpulse.errors import ComfyUnavailable, GenPulseError, InputRejected, PromptLost, WorkflowRejected
 
 if TYPE_CHECKING:
@@ -107,11 +107,27 @@ class TestPrompts:
         assert len(entry.files) == 1
 
     def test_pending_prompts_are_in_the_order_in_which_they_run(self, client: ComfyClient) -> None:
-        """The server lists its heap; we sort it."""
-        submit(client, sleeper(2.0))
+        """The server lists its heap, which after the first of them left is in no order; we sort it."""
+        first = submit(client, sleeper(0.3))
+        second = submit(client, sleeper(2.0))
         pending = [submit(client, image(color)) for color in range(7)]
+        finished(client, first)
+        wait_for(lambda: client.look(second).place is Place.RUNNING)
 
         assert client.queue().pending == tuple(pending)
+
+    def test_a_prompt_that_ends_between_two_questions_is_not_missed(self, simulator: Simulator) -> None:
+        """The queue is asked first: the other order would find it in neither."""
+
+        class Slow(ComfyClient):
+            def queue(self, *, timeout_s: float | None = None) -> QueueSnapshot:
+                wait_for(lambda: self.history(prompt_id) is not None)
+                return super().queue(timeout_s=timeout_s)
+
+        with Slow(simulator.url) as client:
+            prompt_id = submit(client, sleeper(0.3))
+
+            assert client.look(prompt_id).place is Place.FINISHED
 
     def test_a_rejected_workflow_names_its_node(self, client: ComfyClient) -> None:
         """HTTP 400 becomes one sentence with the node, and the report by node id."""
@@ -458,8 +474,9 @@ class TestServer:
 class Stub:
     """A server that gives one raw answer to everything and remembers what it was asked."""
 
-    def __init__(self, answer: bytes, *, drip_s: float = 0.0) -> None:
+    def __init__(self, answer: bytes, *, drip_s: float = 0.0, others: dict[str, bytes] | None = None) -> None:
         self.answer, self.drip_s = answer, drip_s
+        self.others = others or {}
         self.heads: list[str] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -491,7 +508,8 @@ class Stub:
                         connection.sendall(bytes([byte]))
                         time.sleep(self.drip_s)
                 else:
-                    connection.sendall(self.answer)
+                    path = self.heads[-1].split(" ")[1]
+                    connection.sendall(self.others.get(path, self.answer))
             except OSError:
                 return
 
@@ -586,6 +604,28 @@ def test_no_origin_no_cookies_no_proxy(stub: Callable[..., Stub], monkeypatch: p
     assert "origin:" not in head
     assert "cookie:" not in head
     assert "accept-encoding: identity" in head
+
+
+def test_a_server_that_hangs_up_on_a_large_file_finds_it_too_large(stub: Callable[..., Stub]) -> None:
+    """It need not read to the end before it answers; its declared limit tells why it hung up."""
+    server = stub(b"", others={"/features": response(b'{"max_upload_size": 1048576.0}')})
+    with ComfyClient(server.url) as client:
+        with pytest.raises(InputRejected, match="larger"):
+            client.upload(io.BytesIO(bytes(2**21)), name="big.bin")
+        with pytest.raises(ComfyUnavailable):
+            client.upload(io.BytesIO(bytes(2**10)), name="small.bin")
+
+
+@pytest.mark.parametrize("sent", [b"", b"x" * 999])
+def test_a_file_that_ends_early_is_no_file(stub: Callable[..., Stub], sent: bytes) -> None:
+    """Fewer bytes than announced are a failure, even if the connection ends in good order."""
+    server = stub(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + sent)
+    with (
+        ComfyClient(server.url) as client,
+        pytest.raises(ComfyUnavailable),
+        client.view(ServerFile("a.png")) as viewed,
+    ):
+        list(iter(lambda: viewed.read(100), b""))
 
 
 def test_a_redirect_is_not_followed(stub: Callable[..., Stub]) -> None:

@@ -64,6 +64,14 @@ def test_a_blocked_branch_does_not_fail_a_success() -> None:
     assert entry("success", blocked).error is None
 
 
+def test_a_blocked_branch_does_not_hide_an_interrupt() -> None:
+    """What ended the prompt counts, not a blocked node reported after it."""
+    stopped = ("execution_interrupted", {"node_id": "2"})
+    blocked = ("execution_error", {"exception_type": "ExecutionBlocked"})
+
+    assert entry("error", stopped, blocked).status == "interrupted"
+
+
 def test_every_key_of_every_node_is_collected() -> None:
     """Files are found under any key and texts are kept; ``animated`` is a flag and no output."""
     found = entry(
