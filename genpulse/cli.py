@@ -348,8 +348,27 @@ def stack_settings(options: Mapping[str, Any]) -> Settings:
         data_dir=options["data_dir"],
         port=options["port"],
         flower_port=options["flower_port"],
-        comfy_urls=options["comfy_urls"],
+        comfy_urls=named_servers(options["comfy_urls"]),
     )
+
+
+def named_servers(text: str | None) -> str | None:
+    """
+    ``--comfy`` as the setting takes it: ``gpu-box:8188`` becomes ``gpu-box:8188=http://gpu-box:8188``.
+
+    The setting wants a name for a server elsewhere, because a fleet must agree on it. This stack is all
+    of its fleet, so the address will do.
+    """
+    if text is None:
+        return None
+    servers = []
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, equals, url = part.partition("=")
+        if not equals:
+            url = part if "://" in part else f"http://{part}"
+            name = url.partition("://")[2].strip("/").replace("/", "-")
+        servers.append(f"{name}={url}")
+    return ",".join(servers)
 
 
 def stack_ports(options: Mapping[str, Any]) -> Any:

@@ -206,7 +206,7 @@ class Client:
 
     def open_output(self, output: Mapping[str, Any]) -> contextlib.AbstractContextManager[Iterator[bytes]]:
         """The stored bytes of one entry of a task's ``outputs``, in pieces."""
-        return self._bytes(urljoin(self.url + "/", str(output["url"])))
+        return self._bytes(self._here(str(output["url"])))
 
     def download(self, output: Mapping[str, Any], folder: Path) -> Path:
         """
@@ -237,6 +237,20 @@ class Client:
             return _settle(part, folder, name, digest.hexdigest())
         finally:
             part.unlink(missing_ok=True)
+
+    def _here(self, url: str) -> str:
+        """
+        A link of an answer by the way we reach the API.
+
+        The API writes links with its public address, which this caller may not reach and whose host,
+        whatever it is, must not be sent our key.
+        """
+        path = urlsplit(url).path
+        return (
+            self.url + path[path.find("/task/") :]
+            if "/task/" in path
+            else urljoin(self.url + "/", path.lstrip("/"))
+        )
 
     @contextlib.contextmanager
     def _bytes(self, url: str) -> Iterator[Iterator[bytes]]:

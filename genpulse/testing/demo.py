@@ -238,7 +238,7 @@ def _tell(stack: EmbeddedStack, picture: _Picture, console: Console) -> None:
         ("API", f"{stack.api_url}   (its page: {stack.api_url}/docs)"),
     ]
     if "flower" in stack.parts:
-        lines.append(("Flower", f"{stack.flower_url}   (user and password: {stack.flower_password_file})"))
+        lines.append(("Flower", f"{stack.flower_url}   (user and password: {stack.flower_login})"))
     if simulated:
         again = [program, "submit", shlex.quote(str(sample)), "-i", "prompt='a red fox'", "-i", "seed=7"]
         lines.append(("Another one", " ".join([*again, "--url", stack.api_url, "-o", "pictures"])))

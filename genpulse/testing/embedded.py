@@ -109,6 +109,8 @@ class _Spec:
     cwd: Path | None = None
     grace_s: float = 6.0
     ready_s: float = 60.0
+    needed: bool = True
+    """Whether the stack fails to start when this does; otherwise it is tried again like one that ended."""
 
 
 class _Part(threading.Thread):
@@ -135,7 +137,7 @@ class _Part(threading.Thread):
                 self._start()
                 self._wait_ready()
             except ServiceError as error:
-                if not self.ready.is_set():
+                if self.spec.needed and not self.ready.is_set():
                     self.problem = str(error)
                     self.ready.set()
                     return
@@ -154,7 +156,14 @@ class _Part(threading.Thread):
             pause = BACKOFF_S[min(failures, len(BACKOFF_S)) - 1]
             code = self.service.exit_code if self.service else None
             how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-            self._say(f"{self.spec.name} ended ({how}); starting it again in {pause:g} s  (log: {self.log})")
+            if failures < 4:
+                self._say(
+                    f"{self.spec.name} ended ({how}); starting it again in {pause:g} s  (log: {self.log})"
+                )
+            elif failures == 4:
+                self._say(
+                    f"{self.spec.name} keeps ending; trying on every {BACKOFF_S[-1]:g} s  (log: {self.log})"
+                )
             self._end_service()
             self._stopping.wait(pause)
 
@@ -275,13 +284,15 @@ class EmbeddedStack:
 
     @property
     def flower_url(self) -> str:
-        """Where Flower is; it asks for what :attr:`flower_password_file` holds."""
+        """Where Flower is; it asks for the user and password of :attr:`flower_login`."""
         return f"http://{LOOPBACK}:{self.settings.flower_port}/flower/"
 
     @property
-    def flower_password_file(self) -> Path:
-        """``user:password`` of Flower, readable by this user only."""
-        return self.data_dir / "flower-password"
+    def flower_login(self) -> str:
+        """Where Flower's user and password are written; never the password itself."""
+        if self.given.flower_basic_auth.get_secret_value():
+            return f"{PREFIX}FLOWER_BASIC_AUTH"
+        return _short(self.data_dir / "flower-password")
 
     def start(self) -> None:
         """
@@ -377,7 +388,7 @@ class EmbeddedStack:
             )
         if not self.given.flower_basic_auth.get_secret_value():
             values["flower_basic_auth"] = self._secret(
-                self.flower_password_file, lambda: f"genpulse:{_password()}"
+                self.data_dir / "flower-password", lambda: f"genpulse:{_password()}"
             )
         if "redis_url" not in given:
             self._valkey_port = self._port(
@@ -416,7 +427,15 @@ class EmbeddedStack:
                 comfy_python(main.parent), main, "--listen", LOOPBACK, "--port", str(self._comfy_port),
                 "--disable-auto-launch", *self.options.comfy_args,
             ]  # fmt: skip
-            return _Spec("comfyui", command, answers_http(f"{url}/prompt"), url, cwd=main.parent, ready_s=600)
+            return _Spec(
+                "comfyui",
+                command,
+                answers_http(f"{url}/prompt"),
+                url,
+                cwd=main.parent,
+                ready_s=600,
+                needed=False,
+            )
         folder = self.data_dir / "comfyui-simulator"
         command = [
             sys.executable, "-m", "genpulse.testing.simulator", "--host", LOOPBACK, "--port", str(self._comfy_port),
@@ -712,7 +731,7 @@ def until_signaled(stack: EmbeddedStack, console: Console) -> Iterator[Signaled]
     finally:
         state.set()
         if state.by:
-            console.print("stopping everything; once more kills it", highlight=False)
+            speaker(console)("stopping everything; once more kills it")
         stack.stop()
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -725,7 +744,13 @@ def exit_code(signaled: Signaled, *, was_up: bool) -> int:
 
 def speaker(console: Console) -> Say:
     """Print plain lines; what they quote is no markup."""
-    return lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def say(line: str) -> None:
+        # A terminal that was closed must not end the thread that watches a process, nor the stopping.
+        with contextlib.suppress(OSError, SystemExit):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    return say
 
 
 def show_stack(stack: EmbeddedStack, console: Console) -> None:
@@ -742,7 +767,7 @@ def show_stack(stack: EmbeddedStack, console: Console) -> None:
         for what, where, log in stack.rows():
             say(f"{what}: {where}" + (f"  (log: {log})" if log else ""))
     if "flower" in stack.parts:
-        speaker(console)(f"Flower's user and password: {_short(stack.flower_password_file)}")
+        speaker(console)(f"Flower's user and password: {stack.flower_login}")
     if stack.comfy_kind == "simulator":
         speaker(console)(
             "NO REAL COMFYUI: the simulator speaks its protocol and draws stand-in pictures. "

@@ -24,6 +24,17 @@ from tests.support.stacks import StackProcess
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
 BODY = {"task_type": "comfyui", "params": {"workflow": CORE_WORKFLOW}}
 
+# ComfyUI's command line as start-all uses it, with the simulator behind it.
+STAND_IN_MAIN = """
+import json, runpy, sys
+from pathlib import Path
+folder = Path(__file__).parent
+(folder / "arguments.json").write_text(json.dumps(sys.argv))
+port = sys.argv[sys.argv.index("--port") + 1]
+sys.argv[1:] = ["--port", port, "--data-dir", str(folder / "files")]
+runpy.run_module("genpulse.testing.simulator", run_name="__main__")
+"""
+
 
 @pytest.fixture(scope="module")
 def taken() -> Iterator[dict[str, int]]:
@@ -150,3 +161,35 @@ def test_a_killed_stack_leaves_no_orphan_and_loses_no_task(tmp_path: Path) -> No
             assert time.monotonic() - began < 25  # about 3 s on a quiet machine
             assert second.survivors(0) == []
     assert running_url(tmp_path / "data") is None
+
+
+def test_a_comfyui_beside_it_is_launched(tmp_path: Path) -> None:
+    """With libs/comfyui/main.py there is no simulator: it is started with its own interpreter's arguments."""
+    comfy = tmp_path / "libs" / "comfyui"
+    comfy.mkdir(parents=True)
+    (comfy / "main.py").write_text(STAND_IN_MAIN)
+
+    with StackProcess(
+        tmp_path, "--no-flower", "--comfy-args", "--cpu", "--port", str(free_port())
+    ) as process:
+        with Client(process.wait_up()) as client:
+            task = client.follow(client.submit(BODY)["task_id"], timeout_s=120)
+        said = process.said()
+
+        assert process.end(signal.SIGTERM) == 0
+        assert process.survivors(0) == []
+    assert task["status"] == "completed"
+    assert "comfyui libs/comfyui" in said
+    assert "SIMULATED" not in said
+    assert "--cpu" in json.loads((comfy / "arguments.json").read_text())
+
+
+def test_ctrl_c_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
+    """Whoever changes their mind early gets 130 and no processes."""
+    with StackProcess(tmp_path, "--no-flower", "--port", str(free_port())) as process:
+        ends = time.monotonic() + 60
+        while len(process.descendants()) < 2 and time.monotonic() < ends:
+            time.sleep(0.02)
+
+        assert process.end(signal.SIGINT) == 130
+        assert process.survivors(0) == []

@@ -448,6 +448,33 @@ def test_flowers_password_is_on_no_command_line(executed: list[list[str]]) -> No
     assert {"--address=127.0.0.1", "--port=5555", "--url_prefix=flower"} <= set(executed[0])
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("http://gpu-box:8188", [("gpu-box:8188", "http://gpu-box:8188")]),
+        ("127.0.0.1:8188", [("127.0.0.1:8188", "http://127.0.0.1:8188")]),
+        ("a=http://x:1, http://y:2/", [("a", "http://x:1"), ("y:2", "http://y:2")]),
+    ],
+)
+def test_comfy_servers_need_no_name_on_one_machine(given: str, meant: list[tuple[str, str]]) -> None:
+    """The address names a server where nobody else has to agree on it."""
+    from genpulse.config import parse_servers
+
+    assert [tuple(server) for server in parse_servers(commands.named_servers(given) or "")] == meant
+
+
+def test_links_are_followed_where_the_api_was_reached() -> None:
+    """A link with the public address is asked for at ours; no other host ever gets the key."""
+    from genpulse.client import Client
+
+    with Client("http://127.0.0.1:8000/v1", "key") as client:
+        assert (
+            client._here("https://public.example/task/t/outputs/0")
+            == "http://127.0.0.1:8000/v1/task/t/outputs/0"
+        )
+        assert client._here("https://elsewhere.example/x").startswith("http://127.0.0.1:8000/v1/")
+
+
 def test_migrate_makes_the_tables_and_may_be_repeated(tmp_path: Path) -> None:
     """The first run makes the database file, the second finds nothing to do."""
     env = {"GENPULSE_DATA_DIR": str(tmp_path / "data")}
