@@ -10,6 +10,7 @@ leaves the child locked for ever, so background work in a process that forks hap
 
 from __future__ import annotations
 
+import datetime as dt
 import os
 import sqlite3
 import threading
@@ -22,6 +23,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.pool import NullPool
 
 from genpulse.errors import LedgerUnavailable
+from genpulse.ledger.types import now
 
 __all__ = ["Base", "connect", "fork_lock"]
 
@@ -149,14 +151,16 @@ class Base:
         """Close the connections that are kept."""
         self.engine.dispose()
 
-    def ping(self) -> None:
+    def ping(self) -> dt.datetime:
         """
-        Ask the database for its tables.
+        Ask the database for its tables, and for its time.
 
         Raises:
             LedgerUnavailable: It did not answer, or the migrations were not run.
         """
-        self._read(lambda connection: connection.execute(sa.text("SELECT 1 FROM tasks LIMIT 1")).all())
+        query = sa.select(now(), sa.text("(SELECT 1 FROM tasks LIMIT 1)"))
+        at: dt.datetime = self._read(lambda connection: connection.execute(query).one()[0])
+        return at
 
     def _read(self, work: Callable[[sa.Connection], T]) -> T:
         """Run *work* in a transaction that only reads."""

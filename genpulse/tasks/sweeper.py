@@ -2,12 +2,15 @@
 The sweeper: each second it sets right what crashes, wipes and lost messages left.
 
 Idempotent, and any number may run at once: every step is a conditional update that one of them
-wins. It reaps only after it was itself connected to the ledger without a break for one lease,
-because right after an outage every lease looks stale although its worker is well.
+wins. It reaps, and frees tasks from their servers, only after it was itself connected to the ledger
+without a break for one lease: right after an outage every lease looks stale and every worker gone
+although they are well. A pass that comes late by the ledger's clock is such a break too, for this
+process may have been frozen together with the workers.
 """
 
 from __future__ import annotations
 
+import datetime as dt
 import time
 from dataclasses import dataclass
 
@@ -53,6 +56,7 @@ class Sweeper:
         self._view = view
         self._probe = SessionProbe(ledger)
         self._connected_since: float | None = None
+        self._pinged_at: dt.datetime | None = None
         self._epoch: Epoch | None = None
         self._missing: dict[str, Dispatch] = {}
         self._rarely_at = time.monotonic()
@@ -66,14 +70,13 @@ class Sweeper:
         """
         swept = Swept()
         try:
-            self._ledger.ping()
-            if self._connected_since is None:
-                self._connected_since = time.monotonic()
-            live = self._live_workers()
-            swept.reaped = self._reap()
+            if self._is_steady():
+                swept.reaped = self._reap()
+                servers = {
+                    str(server["name"]) for worker in self._live_workers() for server in worker.servers
+                }
+                swept.released = self._ledger.release_bindings(servers)
             swept.expired = self._ledger.expire()
-            servers = {str(server["name"]) for worker in live for server in worker.servers}
-            swept.released = self._ledger.release_bindings(servers)
             swept.sent_again = self._reconcile()
             swept.relayed = self._relay.pulse()
             self._rarely()
@@ -81,6 +84,16 @@ class Sweeper:
             self._connected_since = None
             raise
         return swept
+
+    def _is_steady(self) -> bool:
+        """Whether the ledger was there, and this process at work, for one lease without a break."""
+        lease_s = self._settings.lease_s
+        at, before = self._ledger.ping(), self._pinged_at
+        self._pinged_at = at
+        late = before is not None and at - before > dt.timedelta(seconds=max(3.0, lease_s / 2))
+        if self._connected_since is None or late:
+            self._connected_since = time.monotonic()
+        return time.monotonic() - self._connected_since >= lease_s
 
     def _live_workers(self) -> list[WorkerInfo]:
         """Workers with a fresh row whose process still holds its session."""
@@ -90,9 +103,6 @@ class Sweeper:
 
     def _reap(self) -> int:
         """Take back the tasks of dead workers: their session is gone and three beats are missed, or the lease ran out."""
-        steady_s = time.monotonic() - (self._connected_since or time.monotonic())
-        if steady_s < self._settings.lease_s:
-            return 0
         missed_s = MISSED_BEATS * self._settings.beat_s
         stale = self._ledger.stale_leases(missed_s)
         if not stale:
