@@ -213,6 +213,11 @@ class Listener:
         with self._changed:
             return self._changed.wait_for(lambda: sum(1 for m in self.heard if key(m)) >= count, patience_s)
 
+    def ended(self, patience_s: float) -> bool:
+        """Whether the server has ended the connection, waiting a while for it."""
+        self._thread.join(patience_s)
+        return not self._thread.is_alive()
+
     def close(self) -> None:
         """Close the socket and wait for its end, so that the id is free for another one."""
         self._socket.close()
@@ -230,7 +235,9 @@ def _decoded(message: dict[str, Any]) -> dict[str, Any]:
         for node_id, node in data["nodes"].items():
             part = f"{node_id}:{node['value']}/{node['max']}:{node['state']}"
             shown = node["display_node_id"], node["parent_node_id"], node["real_node_id"]
-            parts.append(part if shown == (node_id, None, node_id) else part + ":" + ":".join(map(str, shown)))
+            parts.append(
+                part if shown == (node_id, None, node_id) else part + ":" + ":".join(map(str, shown))
+            )
         return {"progress_state": data["prompt_id"], "nodes": " ".join(parts)}
     return {"message": kind, "data": data}
 
@@ -315,9 +322,19 @@ class Replay:
 
     def _request(self, step: dict[str, Any], where: str) -> None:
         fill = self.bindings.fill
-        body = step["raw"].encode() if "raw" in step else json.dumps(fill(step["json"])) if "json" in step else None
+        body = (
+            step["raw"].encode()
+            if "raw" in step
+            else json.dumps(fill(step["json"]))
+            if "json" in step
+            else None
+        )
         answer = self._http.request(
-            step["http"], self.url + fill(step["path"]), params=fill(step.get("query")), data=body, timeout=_PATIENCE_S
+            step["http"],
+            self.url + fill(step["path"]),
+            params=fill(step.get("query")),
+            data=body,
+            timeout=_PATIENCE_S,
         )
         where = f"{where} {step['http']} {step['path']}"
         if answer.status_code != step["expect"]:
@@ -329,7 +346,12 @@ class Replay:
             raise Mismatch(f"{where}: {answer.text[:500]!r} instead of {step['text']!r}")
         if "body" in step:
             expected = step["body"]
-            if self.real and self.scenario.independent and isinstance(expected, dict) and "number" in expected:
+            if (
+                self.real
+                and self.scenario.independent
+                and isinstance(expected, dict)
+                and "number" in expected
+            ):
                 expected = expected | {"number": "$any"}  # the requests left out would have counted
             self.bindings.match(expected, answer.json(), where)
         if "unordered" in step:
@@ -352,7 +374,9 @@ class Replay:
             if socket is not None and not socket.wait_for(len(expected), self._counts):
                 heard = [m for m in socket.heard if self._counts(m)]
                 missing = expected[len(heard)] if len(heard) < len(expected) else None
-                raise Mismatch(f"{where}: {who} heard {len(heard)} of {len(expected)} messages; next: {missing}")
+                raise Mismatch(
+                    f"{where}: {who} heard {len(heard)} of {len(expected)} messages; next: {missing}"
+                )
             if socket is not None and expected and "sid" in expected[0]:
                 # Bound now, because a later request may use it.
                 self.bindings.match(expected[0]["sid"], socket.heard[0].get("sid"), f"{where} {who}'s sid")
@@ -364,7 +388,9 @@ class Replay:
         expected = [{k: v for k, v in m.items() if k not in ("on", "pause_s")} for m in self._expected[who]]
         if len(heard) != len(expected):
             extra = heard[len(expected) :][:3]
-            raise Mismatch(f"{self.scenario.name}: {who} heard {len(heard)} messages, not {len(expected)}: {extra}")
+            raise Mismatch(
+                f"{self.scenario.name}: {who} heard {len(heard)} messages, not {len(expected)}: {extra}"
+            )
         pairs = zip(self._sorted(expected), self._sorted(heard), strict=True)
         for place, (theirs, ours) in enumerate(pairs):
             self.bindings.match(theirs, ours, f"{self.scenario.name}: {who}'s message {place}")

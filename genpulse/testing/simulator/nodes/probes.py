@@ -23,6 +23,7 @@ from genpulse.testing.simulator.nodes.registry import (
     NodeFunction,
     Outcome,
     node,
+    server_file,
 )
 
 _MODULE = "custom_nodes.genpulse_simulator"
@@ -143,6 +144,35 @@ def sim_ui(_ctx: NodeContext, ui_json: str) -> Outcome:
 def sim_ui_object(_ctx: NodeContext, text: str) -> Outcome:
     """A ui value that is no JSON: the server dies, or its history is stuck at 500 [trace 42]."""
     return Outcome(ui={"text": [text], "broken": [Unserialisable()]})
+
+
+@_sim(
+    "SimFile",
+    required={
+        "filename_prefix": ("STRING", {"default": "ComfyUI"}),
+        "extension": ("STRING", {"default": "mp4"}),
+        "key": ("STRING", {"default": "gifs"}),
+        "content": ("STRING", {"default": "simulated", "multiline": True}),
+    },
+    optional={"kind": (["output", "temp"], {"default": "output"}), "seed": _SEED},
+    output_node=True,
+)
+def sim_file(
+    ctx: NodeContext,
+    filename_prefix: str,
+    extension: str,
+    key: str,
+    content: str,
+    kind: str = "output",
+    seed: int = 0,
+) -> Outcome:
+    """A file of any name and bytes under any key of the history, as custom nodes make them."""
+    del seed
+    place = ctx.files.save_path(filename_prefix, temp=kind == "temp")
+    path = place.next_file(f".{extension}")
+    path.write_bytes(content.encode())
+    ctx.written(path)
+    return Outcome(ui={key: [server_file(path, place.subfolder, kind)]})
 
 
 def _not_negative(_files: Directories, inputs: Mapping[str, Any]) -> str | None:
