@@ -17,6 +17,7 @@ plain file cannot say of itself (``about/``: type, digest, name) and locks. No k
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import functools
@@ -146,7 +147,7 @@ class LocalStorage(StorageProvider):
             with _closing(self._descriptor(key)) as fd:
                 seen = os.fstat(fd)
             if about := self._about(key, seen):
-                return StoredObject(key, seen.st_size, about["type"], about["sha256"], about["filename"])
+                return StoredObject(key, seen.st_size, about.content_type, about.sha256, about.filename)
         guess = mimetypes.guess_type(key)[0] or DEFAULT_TYPE
         return StoredObject(key, seen.st_size, guess)
 
@@ -257,13 +258,7 @@ class LocalStorage(StorageProvider):
 
     def _record(self, wanted: StoredObject, seen: os.stat_result, tmp: int) -> None:
         about, name = _record_path(wanted.key)
-        entries = {
-            _identity(seen): {
-                "type": wanted.content_type,
-                "sha256": wanted.sha256,
-                "filename": wanted.filename,
-            }
-        }
+        entries = {_identity(seen): _About(wanted.content_type, wanted.sha256, wanted.filename)}
         with contextlib.suppress(ObjectNotFound), _closing(self._descriptor(wanted.key)) as fd:
             former = os.fstat(fd)
             if known := self._about(wanted.key, former):
@@ -271,10 +266,11 @@ class LocalStorage(StorageProvider):
         draft = uuid.uuid4().hex
         with self._folder(*about) as folder:
             with open(draft, "x", opener=functools.partial(_open_below, tmp)) as file:
-                json.dump({"key": wanted.key, "is": entries}, file)
+                record = {identity: dataclasses.asdict(entry) for identity, entry in entries.items()}
+                json.dump({"key": wanted.key, "is": record}, file)
             os.replace(draft, name, src_dir_fd=tmp, dst_dir_fd=folder)
 
-    def _about(self, key: str, seen: os.stat_result) -> dict[str, Any] | None:
+    def _about(self, key: str, seen: os.stat_result) -> _About | None:
         """The record's entry for the file as *seen*, if it has one."""
         about, name = _record_path(key)
         try:
@@ -282,17 +278,27 @@ class LocalStorage(StorageProvider):
                 self._folder(*about, create=False) as folder,
                 open(name, opener=functools.partial(_open_below, folder)) as file,
             ):
-                entries: dict[str, dict[str, Any]] = json.load(file)["is"]
-        except (FileNotFoundError, ValueError, KeyError):
+                entries = {identity: _About(**entry) for identity, entry in json.load(file)["is"].items()}
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
         except OSError as error:
             raise _unavailable(error) from error
         if exact := entries.get(_identity(seen)):
             return exact
-        # Restored from a backup, the file has another time; a lone record of this size is still its own.
-        if len(entries) == 1 and next(iter(entries)).startswith(f"{seen.st_size}-"):
-            return next(iter(entries.values()))
+        # A file from a backup has another time: believed for its type and name, not for its digest.
+        for identity, entry in entries.items():
+            if len(entries) == 1 and identity.startswith(f"{seen.st_size}-"):
+                return dataclasses.replace(entry, sha256=None)
         return None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _About:
+    """What a plain file cannot say of itself."""
+
+    content_type: str
+    sha256: str | None
+    filename: str | None
 
 
 class _Window(io.RawIOBase):

@@ -315,6 +315,10 @@ class S3Storage(StorageProvider):
             answer["Body"].close()
             msg = "the object store gave another range than was asked for"
             raise StorageUnavailable(msg)
+        if etag and answer["ETag"] != etag:  # not every store heeds If-Match
+            answer["Body"].close()
+            msg = "the object was replaced while it was read"
+            raise StorageUnavailable(msg)
         return answer
 
     def _delete(self, key: str) -> None:
