@@ -111,6 +111,8 @@ class Whereabouts:
     """How often the prompt is in the queue. Two mean that it was posted twice and will run twice."""
     ahead: int | None = None
     """Prompts that run before it, when pending."""
+    running: tuple[str, ...] = ()
+    """What runs on the server now, whoever's it is. Unchanged for very long, its worker may be dead."""
     queue_length: int = 0
     """Prompts in the queue, running and pending, whoever's they are."""
 
@@ -341,13 +343,19 @@ class ComfyClient:
         queue = self.queue(timeout_s=timeout_s)
         copies = queue.running.count(prompt_id) + queue.pending.count(prompt_id)
         if prompt_id in queue.running:
-            return Whereabouts(Place.RUNNING, copies=copies, queue_length=len(queue))
+            return Whereabouts(Place.RUNNING, copies=copies, running=queue.running, queue_length=len(queue))
         if prompt_id in queue.pending:
             ahead = len(queue.running) + queue.pending.index(prompt_id)
-            return Whereabouts(Place.PENDING, copies=copies, ahead=ahead, queue_length=len(queue))
+            return Whereabouts(
+                Place.PENDING,
+                copies=copies,
+                ahead=ahead,
+                running=queue.running,
+                queue_length=len(queue),
+            )
         entry = self.history(prompt_id, timeout_s=timeout_s)
         place = Place.UNKNOWN if entry is None else Place.FINISHED
-        return Whereabouts(place, entry=entry, queue_length=len(queue))
+        return Whereabouts(place, entry=entry, running=queue.running, queue_length=len(queue))
 
     def cancel(self, prompt_id: str, *, timeout_s: float | None = None) -> None:
         """

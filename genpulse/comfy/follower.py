@@ -176,7 +176,8 @@ class Follower:
 
         Raises:
             PromptLost: Neither in the queue nor in the history, seen twice.
-            ServerStalled: No event for *stall_s* although it runs.
+            ServerStalled: No event for *stall_s* although it runs; or it waits behind one and the same
+                prompt for twice as long, as behind one that killed the server's worker thread.
             ComfyUnavailable: The server refuses connections (``refused``), or was silent for 10 s.
         """
         watch = _Watch(
@@ -226,6 +227,8 @@ class _Watch:
         self._announced: dict[str, int] = {}
         self._entry: HistoryEntry | None = None
         self._entry_at = 0.0
+        self._head: tuple[str, ...] = ()
+        self._head_since: float | None = None
         self._unknown_since: float | None = None
         self._failing_since: float | None = None
         self._refused_since: float | None = None
@@ -327,6 +330,16 @@ class _Watch:
         self._unknown_since = None
         if sight.place is Place.RUNNING:
             self._tell_running()
+        elif sight.place is Place.PENDING:
+            self._mind_the_line(sight.running, now)
+
+    def _mind_the_line(self, head: tuple[str, ...], now: float) -> None:
+        """A worker thread that died takes its prompt to the head of the line, for ever, and HTTP goes on."""
+        if self._head_since is None or head != self._head:
+            self._head, self._head_since = head, now
+        elif now - self._head_since > 2 * self._stall_s:
+            msg = f"the server's queue has not moved for {2 * self._stall_s:g} s"
+            raise ServerStalled(msg)
 
     def _finish(self, now: float) -> Finished | None:
         """The history has the end. Results that exist on the socket alone may still be under way."""

@@ -19,6 +19,7 @@ from genpulse.comfy.client import ComfyClient, Place, QueueSnapshot, ServerFile
 from genpulse.errors import ComfyUnavailable, GenPulseError, InputRejected, PromptLost, WorkflowRejected
 
 if TYPE_CHECKING:
+    from genpulse.testing.services import FaultProxy
     from genpulse.testing.simulator import Simulator
 
 SECRET_WORDS = ("127.0.0.1", "localhost", "http:", "/tmp", "Errno")
@@ -474,8 +475,15 @@ class TestServer:
 class Stub:
     """A server that gives one raw answer to everything and remembers what it was asked."""
 
-    def __init__(self, answer: bytes, *, drip_s: float = 0.0, others: dict[str, bytes] | None = None) -> None:
-        self.answer, self.drip_s = answer, drip_s
+    def __init__(
+        self,
+        answer: bytes,
+        *,
+        drip_s: float = 0.0,
+        others: dict[str, bytes] | None = None,
+        resets: int = 0,
+    ) -> None:
+        self.answer, self.drip_s, self.resets = answer, drip_s, resets
         self.others = others or {}
         self.heads: list[str] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -503,6 +511,8 @@ class Stub:
             try:
                 connection.settimeout(5)
                 self.heads.append(connection.recv(65536).decode("latin-1"))
+                if len(self.heads) <= self.resets:
+                    return
                 if self.drip_s:
                     for byte in self.answer:
                         connection.sendall(bytes([byte]))
@@ -666,6 +676,28 @@ def test_a_server_that_ignores_our_id_is_told_apart(stub: Callable[..., Stub]) -
 
     assert bodies
     assert all('"prompt_id"' in head for head in bodies)
+
+
+def test_connections_are_kept(simulator: Simulator, fault_proxy: Callable[[str], FaultProxy]) -> None:
+    """Twenty calls, one connection: answers are read to their end."""
+    proxy = fault_proxy(simulator.url)
+    with ComfyClient(proxy.url_of(simulator.url)) as client:
+        for _ in range(10):
+            client.queue_remaining()
+            client.look(new_id())
+
+    assert proxy.accepted == 1
+
+
+def test_a_question_cut_off_is_asked_again_once(stub: Callable[..., Stub]) -> None:
+    """A kept connection that the server closes just then costs nothing; a POST is never repeated."""
+    answer = response(b'{"exec_info": {"queue_remaining": 4}}')
+    server = stub(answer, resets=1)
+    with ComfyClient(server.url) as client:
+        assert client.queue_remaining() == 4
+    server = stub(answer, resets=1)
+    with ComfyClient(server.url) as client, pytest.raises(ComfyUnavailable):
+        client.free()
 
 
 def test_threads_share_a_client(client: ComfyClient) -> None:

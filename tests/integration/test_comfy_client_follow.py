@@ -508,13 +508,21 @@ class TestServersThatFail:
         simulator.faults(stall=False)
 
     def test_waiting_in_the_line_is_no_stall(self, client: ComfyClient) -> None:
-        """The stall clock starts with the first event of this prompt."""
-        first = Run(client, sleeper(2.0, steps=40))
+        """The stall clock starts with the first event of this prompt; the line may take longer."""
+        first, second = (Run(client, sleeper(0.8, steps=8)) for _ in range(2))
         first.wait_running()
-        run = Run(client, image(), stall_s=0.5)
+        run = Run(client, image(), stall_s=0.7)
 
         assert run.end().entry.status == "success"
         first.end()
+        second.end()
+
+    def test_a_line_that_never_moves_stalls(self, simulator: Simulator, client: ComfyClient) -> None:
+        """A prompt that killed the server's worker thread stays at the head for ever."""
+        simulator.faults(zombie=True)
+        client.submit(image(), prompt_id=new_id(), client_id="poison")
+        with pytest.raises(ServerStalled):
+            Run(client, image(), stall_s=0.5).end(5)
 
 
 class TestResultsOnTheSocket:
