@@ -128,6 +128,7 @@ class Engine:
         try:
             while not self.killed.is_set():
                 taken = self.queue.get(1.0)
+                self.check_alive()
                 if taken is not None:
                     if self.faults.zombie:
                         return

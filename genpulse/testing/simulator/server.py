@@ -108,6 +108,7 @@ class Server:
             at_event=self._at_event,
         )
         self._on_exit = on_exit
+        self._dead = False
         self._number = 0
         self._runner: web.AppRunner | None = None
         journal.listener = self._at_event
@@ -227,6 +228,8 @@ class Server:
         if status:
             raise web.HTTPInternalServerError if status == 500 else _status_error(status)
         response = await handler(request)
+        if self._dead:
+            _reset(request)
         if request.method == "POST" and path == "/prompt" and self.faults.take("lose_answers_next"):
             _reset(request)
         return response
@@ -242,6 +245,7 @@ class Server:
             self._crash(1)
 
     def _crash(self, code: int) -> None:
+        self._dead = True  # where this is a thread, nothing may be answered any more
         self.faults.exit_at = ""
         self.journal.listener = None
         self.journal.add("exit", code=code)
