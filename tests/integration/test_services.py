@@ -91,7 +91,7 @@ def test_killing_the_owner_leaves_no_orphan(tmp_path: Path) -> None:
         assert process.stdout is not None
         pids = [int(word) for word in process.stdout.readline().split()]
         note = tmp_path / "p" / "grandchild"
-        pids.append(int(wait_until(lambda: note.exists() and note.read_text())))
+        pids.append(int(wait_until(lambda: note.read_text() if note.exists() else "")))
         assert all(is_running(pid) for pid in pids)
 
         process.kill()
@@ -180,7 +180,7 @@ def test_children_of_a_killed_service_live_until_the_stop(tmp_path: Path) -> Non
     script = "sleep 77 & echo $! > child; wait"
     service = start_process("shell", ["/bin/sh", "-c", script], tmp_path)
     note = tmp_path / "child"
-    child = int(wait_until(lambda: note.exists() and note.read_text().strip()))
+    child = int(wait_until(lambda: note.read_text().strip() if note.exists() else ""))
 
     service.kill()
     assert not service.alive()

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def wait_until(
-    predicate: Callable[[], T], timeout_s: float = 10.0, *, every_s: float = 0.02, message: str = ""
+    predicate: Callable[[], T | None], timeout_s: float = 10.0, *, every_s: float = 0.02, message: str = ""
 ) -> T:
     """
     Call *predicate* until it returns something true, and return that.
