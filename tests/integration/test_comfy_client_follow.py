@@ -112,7 +112,7 @@ class Run:
         self._options = {name: options.pop(name) for name in ("socket_nodes", "previews") if name in options}
         self._follow = options
         self._submitted = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         assert self._submitted.wait(10)
 
@@ -140,7 +140,9 @@ class Run:
     def end(self, within_s: float = 15.0) -> Finished:
         """Wait for the end; raises what following raised."""
         self._thread.join(within_s)
-        assert not self._thread.is_alive(), "still following"
+        if self._thread.is_alive():
+            self.abandon = TimeoutError("still following")
+            self._thread.join(2)
         if self.error is not None:
             raise self.error
         assert self.finished is not None
@@ -516,6 +518,12 @@ class TestServersThatFail:
         assert run.end().entry.status == "success"
         first.end()
         second.end()
+
+    def test_what_was_never_heard_cannot_stall(self, simulator: Simulator, client: ComfyClient) -> None:
+        """Where no socket works, silence says nothing about the prompt."""
+        simulator.faults(mute_sockets=True)
+
+        assert Run(client, sleeper(1.5), stall_s=0.3).end().entry.status == "success"
 
     def test_a_line_that_never_moves_stalls(self, simulator: Simulator, client: ComfyClient) -> None:
         """A prompt that killed the server's worker thread stays at the head for ever."""
