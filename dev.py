@@ -14,10 +14,11 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 - before anything that an older Python cannot read
     import os
     import shutil
+    import subprocess
 
     for _name in ("python3.13", "python3.12", "python3.11", "python3.14"):
         _found = shutil.which(_name)
-        if _found:
+        if _found and subprocess.call([_found, "-c", ""], stderr=subprocess.DEVNULL) == 0:
             print("Python %d.%d is too old; going on with %s" % (*sys.version_info[:2], _found), flush=True)  # noqa: UP031 - readable by any Python
             os.execv(_found, [_found, *sys.argv])
     sys.exit(
@@ -230,10 +231,19 @@ def installer_environment() -> dict[str, str]:
     home = Path(os.path.expanduser("~"))  # noqa: PTH111 - Path.home() raises where there is no home
     if "UV_CACHE_DIR" not in environ and not os.access(home, os.W_OK):
         environ["UV_CACHE_DIR"] = str(DEV / "cache")
-    for theirs, ours in (("PIP_INDEX_URL", "UV_DEFAULT_INDEX"), ("PIP_CERT", "SSL_CERT_FILE")):
-        if environ.get(theirs):
-            environ.setdefault(ours, environ[theirs])
+    pip = pip_configuration()
+    for theirs, ours in (("index-url", "UV_DEFAULT_INDEX"), ("cert", "SSL_CERT_FILE")):
+        if pip.get(theirs):
+            environ.setdefault(ours, pip[theirs])
     return environ
+
+
+def pip_configuration() -> dict[str, str]:
+    """What pip's files and variables say, by option: uv reads neither."""
+    said = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    )
+    return dict(re.findall(r"^[\w:]+\.([\w-]+)='(.*)'$", said.stdout, re.MULTILINE))
 
 
 def run(command: Sequence[str | Path], problem: str, environ: dict[str, str] | None = None) -> None:
