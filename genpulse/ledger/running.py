@@ -278,12 +278,20 @@ class Running(Requests):
         return found[len(found) // 2] if found else None
 
     def record_prompt(
-        self, fence: Fence, *, server: str, prompt_id: str, client_id: str, adopted: bool = False
+        self,
+        fence: Fence,
+        *,
+        server: str,
+        prompt_id: str,
+        client_id: str,
+        adopted: bool = False,
+        finished: bool = False,
     ) -> bool:
         """
         Write down which prompt this attempt follows, *before* it is sent or followed.
 
         A new prompt starts without a deadline; an adopted one keeps the task's, and is a stray no more.
+        One that is *finished* already needs none: it rendered in time, only nobody looked.
 
         Returns:
             Whether the fence matched. If not, the prompt must not be sent.
@@ -291,7 +299,7 @@ class Running(Requests):
 
         def record(connection: sa.Connection) -> bool:
             values: dict[str, Any] = {"bound_server": None, "bound_until": None}
-            if not adopted:
+            if finished or not adopted:
                 values["deadline_at"] = None
             if not self._update_task(connection, fence, **values):
                 return False

@@ -103,7 +103,7 @@ class _Render:
                 # Its pictures went over a socket that died with its worker: render them again.
                 self._stop(str(earlier.server), str(earlier.prompt_id))
                 continue
-            return self._adopt(earlier)
+            return self._adopt(earlier, found)
         return None
 
     def _look_for(self, earlier: Attempt) -> Whereabouts | None:
@@ -122,11 +122,11 @@ class _Render:
                     return None
                 self.context.sleep(0.5)
 
-    def _adopt(self, earlier: Attempt) -> Finished:
+    def _adopt(self, earlier: Attempt, found: Whereabouts) -> Finished:
         context = self.context
         self.server, self.prompt_id = str(earlier.server), str(earlier.prompt_id)
         with Follower(self.client, str(earlier.client_id), socket_nodes=self.socket_nodes) as follower:
-            self._record(str(earlier.client_id), adopted=True)
+            self._record(str(earlier.client_id), adopted=True, finished=found.place is Place.FINISHED)
             context.log.info(
                 "prompt_adopted", server=self.server, prompt_id=self.prompt_id, of=earlier.number
             )
@@ -233,7 +233,7 @@ class _Render:
             context.log.info("prompt_submitted", server=self.server, prompt_id=prompt_id)
             return self._follow(follower)
 
-    def _record(self, client_id: str, *, adopted: bool = False) -> None:
+    def _record(self, client_id: str, *, adopted: bool = False, finished: bool = False) -> None:
         context = self.context
         if not context.insist(
             lambda: context.ledger.record_prompt(
@@ -242,6 +242,7 @@ class _Render:
                 prompt_id=self.prompt_id,
                 client_id=client_id,
                 adopted=adopted,
+                finished=finished,
             )
         ):
             raise LeaseLost
