@@ -59,7 +59,9 @@ def create_app(settings: Settings | None = None, *, registry: Registry | None = 
 
     del docs
     settings = settings or Settings.from_env()
-    app = Contract(__name__, ROUTES, MODELS)
+    registry = registry or default_registry()
+    names = [name for handler in registry for name in (handler.task_type, *handler.aliases)]
+    app = Contract(__name__, ROUTES, MODELS, names)
     app.json.sort_keys = False  # type: ignore[attr-defined]  # Flask's default provider has it
     ledger = open_ledger(settings, pool_size=min(8, settings.api_threads))
     app.config.update(MAX_CONTENT_LENGTH=settings.max_body_bytes, SQLALCHEMY_DATABASE_URI=settings.ledger_url)
@@ -69,7 +71,7 @@ def create_app(settings: Settings | None = None, *, registry: Registry | None = 
         ledger=ledger,
         storage=open_storage(settings),
         live=open_live(settings),
-        registry=registry or default_registry(),
+        registry=registry,
     )
     problems.install(app)
     access.install(app, settings, ROUTES.open_views())

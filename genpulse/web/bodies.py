@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn, cast
 
-import filetype  # type: ignore[import-untyped]  # has no annotations
+import filetype
 from flask import request
 from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
@@ -41,7 +41,7 @@ _CHUNK_BYTES = 64 * 1024
 _SPOOL_BYTES = 512 * 1024
 _HEAD_BYTES = 8192
 _PART_HEADER_BYTES = 256 * 1024
-_MAX_PARTS = 8
+_MAX_PARTS = 100
 
 
 def read_json() -> Any:
@@ -139,16 +139,22 @@ def _receive(spool: BinaryIO, boundary: bytes, max_bytes: int) -> Upload:
     name: str | None = None
     in_file = False
     # Bounds what is held at one time: a part's headers, or the bytes that may start a boundary.
-    decoder = MultipartDecoder(boundary, _PART_HEADER_BYTES, max_parts=_MAX_PARTS)
+    decoder = MultipartDecoder(boundary, _PART_HEADER_BYTES)
+    parts = 0
     try:
         for event in _events(decoder):
             if isinstance(event, File | Field):
-                in_file = event.name == "file" and isinstance(event, File)
-                if in_file and name is not None:
-                    raise Problem(422, detail="Send one file at a time.", errors=[("/file", "given twice")])
-                if isinstance(event, File) and in_file:
+                parts += 1
+                if parts > _MAX_PARTS:
+                    raise Problem(400, "invalid_form", f"The form has more than {_MAX_PARTS} parts.")
+                in_file = isinstance(event, File) and event.name == "file"
+                if isinstance(event, File) and event.name == "file":
+                    if name is not None:
+                        raise Problem(
+                            422, detail="Send one file at a time.", errors=[("/file", "given twice")]
+                        )
                     name = event.filename
-            elif isinstance(event, Data) and in_file:
+            elif in_file:
                 size += len(event.data)
                 if size > max_bytes:
                     raise Problem(413, detail=f"The file is larger than {max_bytes} bytes.")

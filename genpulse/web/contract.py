@@ -124,7 +124,9 @@ class Routes:
 class Contract(OpenAPI):
     """The Flask application whose ``api_doc`` is the contract."""
 
-    def __init__(self, import_name: str, routes: Routes, models: Iterable[type[BaseModel]]) -> None:
+    def __init__(
+        self, import_name: str, routes: Routes, models: Iterable[type[BaseModel]], task_types: Iterable[str]
+    ) -> None:
         super().__init__(
             import_name,
             info={"title": "GenPulse", "version": __version__, "description": _DESCRIPTION.strip()},
@@ -137,6 +139,7 @@ class Contract(OpenAPI):
         # A path means what it says: "a//b" is no other word for "a/b". Rules take this over when added.
         self.url_map.merge_slashes = False
         self._models = tuple(models)
+        self._task_types = list(task_types)
         # Two mounts of one table: the document has each operation once, with both as its servers.
         self.register_api(routes.blueprint("api", documented=True))
         self.register_api(routes.blueprint("v1", documented=False), url_prefix=VERSION_PREFIX)
@@ -149,6 +152,7 @@ class Contract(OpenAPI):
             [(model, "serialization") for model in self._models], ref_template=_REF
         )
         self.spec_json["components"]["schemas"] = schema["$defs"]
+        schema["$defs"]["SubmitBody"]["properties"]["task_type"]["enum"] = self._task_types
         self.spec_json["servers"] = [{"url": "/"}, {"url": VERSION_PREFIX}]
         for item in self.spec_json["paths"].values():
             for operation in item.values():
