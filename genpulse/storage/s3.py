@@ -78,19 +78,20 @@ class Preset:
     """With ``{region}``; ``None`` leaves it to boto3, ``""`` means that the operator must name one."""
     region: str | None
     signature_version: Literal["s3", "s3v4"]
-    addressing_style: Literal["auto", "path", "virtual"]
+    addressing_style: Literal["path", "virtual"]
     checksums: bool = False
     """Whether the store knows the ``x-amz-checksum`` headers. boto3 would send them to all of them,
     as trailers in ``aws-chunked`` bodies, which OSS and others refuse."""
 
 
 PRESETS: Mapping[str, Preset] = {
-    "aws": Preset(None, None, "s3v4", "auto", checksums=True),
+    # "auto" would sign links for the global host, which redirects to the region and refuses them there.
+    "aws": Preset(None, None, "s3v4", "virtual", checksums=True),
     # Path style is refused (SecondLevelDomainForbidden). Aliyun's own document asks for SigV2, yet some
     # accounts have it switched off: hence the setting for the signature.
     "oss": Preset("https://s3.oss-{region}.aliyuncs.com", "", "s3", "virtual"),
-    "r2": Preset("", "auto", "s3v4", "auto"),
-    "gcs": Preset("https://storage.googleapis.com", "auto", "s3v4", "auto"),
+    "r2": Preset("", "auto", "s3v4", "path"),
+    "gcs": Preset("https://storage.googleapis.com", "auto", "s3v4", "path"),
     "minio": Preset("", "us-east-1", "s3v4", "path"),
 }
 
@@ -156,9 +157,16 @@ class S3Storage(StorageProvider):
         self._credentials = (access_key_id or None, secret_access_key or None)
         self._region = region or self.preset.region or None
         self._endpoint_url = endpoint_url or _preset_endpoint(provider, region)
+        style = self.preset.addressing_style
+        if provider == "aws" and "." in bucket:
+            # No certificate covers a host name with the bucket's dots in it.
+            style = "path"
+            china = ".cn" if region.startswith("cn-") else ""
+            self._endpoint_url = endpoint_url or f"https://s3.{region or 'us-east-1'}.amazonaws.com{china}"
         self._config = _config(
-            self.preset,
             signature_version or self.preset.signature_version,
+            style,
+            checksums=self.preset.checksums,
             connect_timeout=connect_timeout_s,
             read_timeout=read_timeout_s,
             retries={"mode": "standard", "total_max_attempts": max_tries},
@@ -458,14 +466,14 @@ def _headers(wanted: StoredObject) -> dict[str, Any]:
     }
 
 
-def _config(preset: Preset, signature_version: str, **more: Any) -> Config:
+def _config(
+    signature_version: str, style: Literal["path", "virtual"], *, checksums: bool, **more: Any
+) -> Config:
     more["ignore_configured_endpoint_urls"] = True  # our settings say where, no stray AWS_ENDPOINT_URL
-    when: Literal["when_supported", "when_required"] = (
-        "when_supported" if preset.checksums else "when_required"
-    )
+    when: Literal["when_supported", "when_required"] = "when_supported" if checksums else "when_required"
     return Config(
         signature_version=signature_version,
-        s3={"addressing_style": preset.addressing_style},
+        s3={"addressing_style": style},
         request_checksum_calculation=when,
         response_checksum_validation=when,
         tcp_keepalive=True,
