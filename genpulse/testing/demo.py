@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import requests
-
 from genpulse.client import ApiRefused, ApiUnreachable, Client, DownloadDamaged, WaitTimeout
 from genpulse.config import Settings
 from genpulse.terminal import error_line, showing
@@ -28,6 +26,7 @@ from genpulse.testing.embedded import (
     EmbeddedStack,
     StackError,
     StackOptions,
+    comfy_at,
     exit_code,
     show_stack,
     speaker,
@@ -110,7 +109,9 @@ def run_demo(settings: Settings, options: StackOptions, console: Console, *, onc
     """
     say = speaker(console)
     for server in settings.servers:
-        _expect_comfy(server.url)
+        if not comfy_at(server.url):
+            msg = f"no ComfyUI answers at {server.url}; is it running there?"
+            raise StackError(msg, exit_code=3)
     stack = EmbeddedStack(settings, options, say=say)
     code = 1
     done = False
@@ -122,7 +123,7 @@ def run_demo(settings: Settings, options: StackOptions, console: Console, *, onc
             with Client(stack.api_url, stack.settings.api_key.get_secret_value()) as client:
                 picture = _make(stack, client, console)
         except (ApiRefused, ApiUnreachable, DownloadDamaged, WaitTimeout, DemoFailed) as error:
-            console.print(f"[red]no picture:[/] {error}", highlight=False, soft_wrap=True)
+            say(f"no picture: {error}  (logs: {stack.data_dir / 'logs'})")
         else:
             code, done = 0, True
             if not once:
@@ -147,7 +148,14 @@ def _make(stack: EmbeddedStack, client: Client, console: Console) -> _Picture:
     task_id = str(client.submit(body)["task_id"])
     speaker(console)(f"POST {client.url}/task -> 202, task {task_id}")
     with showing(console) as show:
-        task = client.follow(task_id, timeout_s=PICTURE_S, on_change=show)
+
+        def look(now: Mapping[str, Any]) -> None:
+            show(now)
+            if stack.given_up:
+                msg = f"{', '.join(stack.given_up)} cannot run"
+                raise DemoFailed(msg)
+
+        task = client.follow(task_id, timeout_s=PICTURE_S, on_change=look)
     if task["status"] != "completed":
         msg = f"task {task_id} {task['status']}: {error_line(task)}"
         raise DemoFailed(msg)
@@ -248,15 +256,3 @@ def _tell(stack: EmbeddedStack, picture: _Picture, console: Console) -> None:
     for what, where in lines:
         say(f"{what:<15} {where}".rstrip())
     say("")
-
-
-def _expect_comfy(url: str) -> None:
-    """A wrong ``--comfy`` is told before anything is started."""
-    try:
-        answer = requests.get(f"{url}/prompt", timeout=10)
-        found = answer.status_code == requests.codes.ok and "exec_info" in answer.json()
-    except (requests.RequestException, ValueError):
-        found = False
-    if not found:
-        msg = f"no ComfyUI answers at {url}; is it running there?"
-        raise StackError(msg, exit_code=3)

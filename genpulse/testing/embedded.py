@@ -34,7 +34,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Literal, Self
 
 from pydantic import SecretStr
 
@@ -49,6 +49,7 @@ __all__ = [
     "EmbeddedStack",
     "StackError",
     "StackOptions",
+    "comfy_at",
     "local_url",
     "migrate_ledger",
     "run_stack",
@@ -182,11 +183,6 @@ class _Part(threading.Thread):
         if service is not None:
             with contextlib.suppress(Exception):
                 service.kill()
-
-    @property
-    def pid(self) -> int:
-        """The process' own id, 0 while there is none."""
-        return self.service.pid if self.service and self.service.alive() else 0
 
     def _start(self) -> None:
         with self._lock:
@@ -348,17 +344,10 @@ class EmbeddedStack:
         for part in list(self.parts.values()):
             part.kill()
 
-    def wait_for_worker(self, timeout_s: float = 60.0) -> bool:
-        """Wait until a worker that serves ComfyUI has registered; whether one did."""
-        from genpulse.ledger import Ledger
-
-        ledger = Ledger.connect(self.settings.ledger_url)
-        ends = time.monotonic() + timeout_s
-        while time.monotonic() < ends and not self._stopped.wait(0.2):
-            with contextlib.suppress(LedgerUnavailable):
-                if any("comfy" in worker.queues for worker in ledger.workers()):
-                    return True
-        return False
+    @property
+    def given_up(self) -> list[str]:
+        """Processes that are not tried again, for their settings would not be better the next time."""
+        return [name for name, part in self.parts.items() if not part.is_alive()]
 
     def rows(self) -> list[tuple[str, str, str]]:
         """``(what, where, log)`` of each process, for a table."""
@@ -411,6 +400,14 @@ class EmbeddedStack:
             return _named(self.given.servers)
         else:
             self.comfy_kind = "simulator"
+        if (
+            asked is None
+            and _taken(SIMULATOR_PORT)
+            and comfy_at(f"http://{LOOPBACK}:{SIMULATOR_PORT}") == "real"
+        ):
+            self._say(
+                f"a ComfyUI answers on port {SIMULATOR_PORT}: --comfy http://{LOOPBACK}:{SIMULATOR_PORT} uses it"
+            )
         self._comfy_port = self._port(
             "ComfyUI", asked or SIMULATOR_PORT, "--comfy-port", asked=asked is not None
         )
@@ -449,8 +446,9 @@ class EmbeddedStack:
         folder = self.data_dir / "valkey"
         password = (folder / "password").read_text().strip()
         config = folder / "valkey.conf"
+        quoted = '"' + str(folder).replace("\\", "\\\\").replace('"', '\\"') + '"'
         lines = [
-            f"bind {LOOPBACK}", f"port {self._valkey_port}", f'dir "{folder}"', f"requirepass {password}", 'save ""',
+            f"bind {LOOPBACK}", f"port {self._valkey_port}", f"dir {quoted}", f"requirepass {password}", 'save ""',
             "appendonly yes", "appendfsync everysec", "maxmemory-policy noeviction",
         ]  # fmt: skip
         _write_private(config, "\n".join(lines) + "\n")
@@ -648,6 +646,22 @@ def running_url(data_dir: Path) -> str | None:
     except OSError:
         pass
     return None
+
+
+def comfy_at(url: str) -> Literal["real", "simulated", ""]:
+    """What answers at *url* in ComfyUI's manner; empty if nothing does."""
+    import requests
+
+    try:
+        with requests.Session() as session:
+            session.trust_env = False
+            answer = session.get(f"{url}/system_stats", timeout=10)
+            system = answer.json()["system"] if answer.ok else None
+    except (requests.RequestException, ValueError, KeyError, TypeError):
+        return ""
+    if not isinstance(system, dict):
+        return ""
+    return "simulated" if system.get("pytorch_version") == "simulated" else "real"
 
 
 def migrate_ledger(settings: Settings, *, wait_s: float) -> None:

@@ -47,9 +47,11 @@ def test_demo_once_ends_with_a_picture_and_keeps_earlier_tasks(tmp_path: Path) -
 
 def test_demo_runs_on_a_comfyui_of_yours(tmp_path: Path) -> None:
     """With --comfy the workflow has core nodes only, and every pixel is known."""
+    folder = tmp_path / 'a "ß" folder'
+    folder.mkdir()
     with (
         start_simulator(tmp_path / "comfyui") as comfy,
-        StackProcess(tmp_path, "--once", "--comfy", comfy.url, command="demo") as demo,
+        StackProcess(folder, "--once", "--comfy", comfy.url, command="demo") as demo,
     ):
         demo.wait_for("POST .* -> 202")
         demo.descendants()

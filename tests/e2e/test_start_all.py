@@ -111,6 +111,18 @@ def test_a_killed_worker_is_started_again(stack: StackProcess) -> None:
     assert not psutil.pid_exists(worker.pid)
 
 
+@pytest.mark.parametrize(("name", "text"), [("valkey", "valkey-server"), ("api", "gunicorn")])
+def test_killed_services_are_started_again(stack: StackProcess, name: str, text: str) -> None:
+    """Valkey and API come back at the same place after kill -9, and the next task completes."""
+    stack.part(text).kill()
+
+    stack.wait_for(rf"{name} is back")
+
+    with Client(stack.wait_up()) as client:
+        task = client.follow(client.submit(BODY)["task_id"], timeout_s=120)
+    assert task["status"] == "completed"
+
+
 def test_flower_asks_for_a_password(stack: StackProcess) -> None:
     """Its password lies in a file that only this user can read."""
     url = stack.wait_for(r"flower: (http://\S+)")[1]

@@ -42,6 +42,7 @@ class FakeApi:
         self.error: dict[str, Any] | None = None
         self.refuse_with: tuple[int, dict[str, Any]] | None = None
         self.drop_answers = 0
+        self.away = 0
         self.body = PIXELS
         self.app = Flask(__name__)
         self.app.add_url_rule("/task", view_func=self.submit, methods=["POST"])
@@ -79,6 +80,9 @@ class FakeApi:
         return {"task_id": "t1", "status": "pending", "urls": {}}, 202
 
     def read(self, task_id: str) -> Any:
+        if self.away:
+            self.away -= 1
+            return Response("restarting", 503)
         state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
         return {
             "task_id": task_id, "status": state, "progress": 50, "outputs": self.outputs, "error": self.error,
@@ -277,6 +281,13 @@ def test_damaged_bytes_are_not_kept(api: FakeApi, workflow: str, tmp_path: Path)
 
     assert result.exit_code == Exit.FAILED
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_waiting_outlives_a_restart_of_the_api(api: FakeApi, workflow: str) -> None:
+    """The task goes on without the API, so a few unanswered questions are no end."""
+    api.away = 3
+
+    assert run("submit", workflow, "--url", api.url, "--wait").exit_code == Exit.OK
 
 
 def test_a_failed_task_is_exit_code_1_with_its_reason(api: FakeApi, workflow: str) -> None:
