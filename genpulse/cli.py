@@ -167,7 +167,9 @@ def start_sweeper() -> None:
     import threading
 
     from genpulse.tasks.background import start_in_api
+    from genpulse.telemetry import setup_logging
 
+    setup_logging(found.log_level, found.log_format)
     asked = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: asked.set())
