@@ -18,7 +18,6 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 import requests
 from botocore.awsrequest import AWSResponse
-from botocore.compat import HTTPHeaders
 
 from genpulse.errors import LeaseLost, ObjectNotFound, StorageUnavailable
 from genpulse.storage import S3Storage
@@ -94,8 +93,7 @@ def captured(storage: S3Storage, act: Callable[[], object]) -> list[Any]:
         request.sent = body or b""
         raw: Any = io.BytesIO(b"<x><UploadId>u</UploadId></x>")
         raw.stream = lambda amt=None, **_: iter([raw.getvalue()])
-        headers = HTTPHeaders()
-        headers["ETag"] = f'"{hashlib.md5(request.sent).hexdigest()}"'
+        headers: Any = {"ETag": f'"{hashlib.md5(request.sent).hexdigest()}"'}
         return AWSResponse(request.url, 200, headers, raw)
 
     on(storage, "before-send.s3", answer)
