@@ -47,6 +47,8 @@ class Background:
         self.stopping = threading.Event()
         self._forks = forks
         self._awake = threading.Event()
+        self._canceled = threading.Event()
+        self._live = wiring.open_live(settings)
         self._producer = Producer(settings)
         self._relay = Relay(self.ledger, self._producer)
         self._view = RunwayView(redis_client(settings.redis_url.get_secret_value(), timeout_s=1.0))
@@ -66,6 +68,16 @@ class Background:
 
     def wake(self) -> None:
         """There is something in the outbox. Called right after a commit; never waits."""
+        self._awake.set()
+
+    def announce_cancel(self) -> None:
+        """
+        A cancel of a running task was committed. Called in a request; never waits.
+
+        The relay's thread tells the workers through Redis. With it away, PostgreSQL's NOTIFY has told
+        them, or the next beat will.
+        """
+        self._canceled.set()
         self._awake.set()
 
     def stop(self, wait_s: float = 3.0) -> None:
@@ -106,6 +118,9 @@ class Background:
         while not self.stopping.is_set():
             self._awake.wait(POLL_S)
             self._awake.clear()
+            if self._canceled.is_set():
+                self._canceled.clear()
+                self._live.wake("cancel")
             with logged("relay"), self.quiet():
                 # A batch is bounded: go on until the runway is full or the outbox empty.
                 while self._relay.pulse() and not self.stopping.is_set():

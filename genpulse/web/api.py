@@ -163,7 +163,7 @@ def cancel_task(path: schemas.TaskPath) -> Response:
         raise _unknown_task()
     if task.status.is_final:
         return _json(_view(task))
-    service().wake()
+    service().announce_cancel()
     return _json(_view(task), 202, {"Retry-After": str(POLL_S)})
 
 

@@ -40,6 +40,7 @@ def post_worker_init(worker: Any) -> None:
     service = worker.wsgi.extensions["genpulse"]
     worker.genpulse_background = background.start_in_api(service.settings)
     service.wake = worker.genpulse_background.wake
+    service.announce_cancel = worker.genpulse_background.announce_cancel
     # gunicorn calls no hook for SIGTERM; its own flag is what changes.
     service.is_stopping = lambda: not worker.alive
 

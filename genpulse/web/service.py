@@ -35,6 +35,8 @@ class Service:
     live: Live
     registry: Registry
     wake: Callable[[], None] = field(default=_nobody)
+    announce_cancel: Callable[[], None] = field(default=_nobody)
+    """Tells the workers, through Redis and never in the request, that a cancel was committed."""
     is_stopping: Callable[[], bool] = field(default=lambda: False)
     """Whether the process was told to stop: ``/ready`` says so while requests in flight end."""
 
