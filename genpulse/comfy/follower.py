@@ -64,6 +64,8 @@ QUIET_S = 3.0
 """A prompt runs and the socket, heard before, is quiet this long: open it again, and double it."""
 FRAMES_GRACE_S = 3.0
 """The history has the end: how long a quiet socket may still owe frames that exist nowhere else."""
+MAX_LAG_S = 60.0
+"""The same if the socket is not quiet."""
 MAX_MESSAGE_BYTES = 512 * 2**20
 MAX_WAITING_EVENTS = 10_000
 _PROGRESS_STATE = b'{"type": "progress_state"'
@@ -319,7 +321,8 @@ class _Watch:
         self._failing_since = self._refused_since = None
         self._place = sight.place
         if sight.place is Place.FINISHED and sight.entry is not None:
-            self._entry, self._entry_at = sight.entry, now
+            if self._entry is None:
+                self._entry, self._entry_at = sight.entry, now
         elif sight.place is Place.UNKNOWN:
             if self._unknown_since is not None and now - self._unknown_since >= CONFIRM_S * 0.9:
                 msg = "the ComfyUI server knows nothing of the prompt any more"
@@ -349,11 +352,12 @@ class _Watch:
             self._wants_frames
             and entry.status == "success"
             and self._ended_on is None
-            and self._started_on is not None
-            and self._reader.generation == self._started_on
+            and self._started_on in {None, self._reader.generation}
             and self._reader.connected
         )
-        if owes_frames and now - max(self._entry_at, self._reader.last_message_at) < FRAMES_GRACE_S:
+        # A graph of many nodes makes the socket lag seconds behind; others' messages must not hold us for ever.
+        quiet_s = now - max(self._entry_at, self._reader.last_message_at)
+        if owes_frames and quiet_s < FRAMES_GRACE_S and now - self._entry_at < MAX_LAG_S:
             return None
         self._tell_running()
         heard_all = self._started_on is not None and self._started_on == self._ended_on
@@ -380,7 +384,7 @@ class _Watch:
         if not heard_here:
             if now - max(reader.opened_at, self._running_since) < DEAF_S:
                 return
-            pause, self._deaf_pause_s = self._deaf_pause_s, min(60.0, self._deaf_pause_s * 2)
+            pause = self._deaf_pause_s = min(60.0, self._deaf_pause_s * 2)
         elif reader.is_dead(now):
             pause = QUIET_S
         else:
