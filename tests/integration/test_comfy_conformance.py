@@ -432,6 +432,21 @@ def test_long_chains_are_refused(comfy: Target, length: int, status: int) -> Non
         history(comfy, answer.json()["prompt_id"])
 
 
+@pytest.mark.parametrize("client_id", [None, "somebody-else"])
+def test_progress_of_nobodys_prompts_goes_to_everyone(comfy: Target, client_id: str | None) -> None:
+    """Without client_id all sockets get progress and previews, and nothing else; with one nobody else does [11]."""
+    listener = Listener(f"ws{comfy.url[4:]}/ws?clientId={uuid.uuid4()}")
+    prompt = saved("x")
+    prompt["2"] = {"class_type": "SaveImageWebsocket", "inputs": {"images": ["1", 0]}}
+    finished(comfy, prompt, **({"client_id": client_id} if client_id else {}))
+    listener.wait_for(1, lambda m: m.get("status") == 0 and "sid" not in m)
+
+    kinds = {m.get("message") or next(iter(m)) for m in listener.heard}
+
+    assert kinds == ({"status", "progress_state", "progress", "frame"} if client_id is None else {"status"})
+    listener.close()
+
+
 # What only the simulator can show: faults, endings, the newer profile ----------------------------------------
 
 
@@ -528,7 +543,7 @@ def test_a_socket_that_does_not_read_silences_all(comfy: Target) -> None:
     entry = finished(comfy, saved("heard"), client_id="a")
 
     assert entry["status"]["status_str"] == "success"
-    assert not listener.wait_for(1, lambda m: m.get("message") == "execution_success", 0.5)
+    assert not listener.wait_for(1, lambda m: m.get("message") == "execution_success", 1.5)
     deaf.close()
     assert listener.wait_for(1, lambda m: m.get("message") == "execution_success", 10)
     listener.close()

@@ -306,19 +306,24 @@ class Replay:
 
     def _act(self, step: dict[str, Any], where: str) -> None:
         if "connect" in step:
+            if step["connect"] in self._sockets:
+                self._end(step["connect"])
             query = f"?clientId={self.bindings.fill(step['client'])}" if step["client"] else ""
             self._sockets[step["connect"]] = Listener(f"ws{self.url[4:]}{step['path']}{query}")
             self._expected[step["connect"]] = []
         elif "send" in step:
             self._sockets[step["on"]].send(step["send"])
         elif "close" in step:
-            who = step["close"]
-            if who in self._sockets:
-                time.sleep(_QUIET_S)
-                self._compare(who)
-                self._sockets.pop(who).close()
+            if step["close"] in self._sockets:
+                self._end(step["close"])
         elif not (self.real and step.get("sim")):
             self._request(step, where)
+
+    def _end(self, who: str) -> None:
+        """Compare what a socket has heard, then close it."""
+        time.sleep(_QUIET_S)
+        self._compare(who)
+        self._sockets.pop(who).close()
 
     def _request(self, step: dict[str, Any], where: str) -> None:
         fill = self.bindings.fill

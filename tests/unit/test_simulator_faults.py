@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -272,6 +273,27 @@ def test_repaired_servers_have_no_client_id_trap(simulator: Simulator) -> None:
 
     assert new.wait_for(1, is_message("execution_success"))
     new.close()
+
+
+def test_repaired_servers_drop_a_socket_that_does_not_read(simulator: Simulator) -> None:
+    """With ``shared_send_loop`` off, the deaf socket is reset and the others hear everything."""
+    simulator.faults(shared_send_loop=False)
+    listener = listen(simulator)
+    with socket.create_connection(("127.0.0.1", simulator.port)) as deaf:
+        deaf.sendall(
+            b"GET /ws?clientId=deaf HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
+        )
+        wait_until(lambda: simulator.server.hub.open_sockets == 2)
+        noise = {
+            "1": {"class_type": "SimNoise", "inputs": {"width": 1500, "height": 1500, "batch": 3}},
+            "2": {"class_type": "SaveImageWebsocket", "inputs": {"images": ["1", 0]}},
+        }
+        submit(simulator, prompt=noise, client_id="deaf")
+        submit(simulator, client_id="a")
+
+        assert listener.wait_for(1, is_message("execution_success"))
+    listener.close()
 
 
 def test_the_log_tells_what_was_rendered(simulator: Simulator, tmp_path: Path) -> None:

@@ -31,8 +31,8 @@ PREVIEW_IMAGE = 1
 TEXT = 3
 PREVIEW_IMAGE_WITH_METADATA = 4
 _FORMATS = {"JPEG": 1, "PNG": 2}
-_UNREAD_S = 2.0
-"""How long a repaired send loop waits for a socket before it gives it up."""
+_UNREAD_S = 0.5
+"""How long a repaired send loop waits for a socket before it resets it."""
 
 
 class Hub:
@@ -59,7 +59,7 @@ class Hub:
         self._crash = crash
         self._sockets: dict[str, web.WebSocketResponse] = {}
         self._client_features: dict[str, dict[str, Any]] = {}
-        self._transports: set[asyncio.BaseTransport] = set()
+        self._transports: dict[web.WebSocketResponse, asyncio.BaseTransport | None] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._messages: asyncio.Queue[tuple[Any, Any, Any]] = asyncio.Queue()
         self._publisher: asyncio.Task[None] | None = None
@@ -90,9 +90,8 @@ class Hub:
 
     def drop_all(self) -> None:
         """Reset every connection that carries a socket, without a close frame."""
-        for transport in list(self._transports):
-            if isinstance(transport, asyncio.Transport):
-                transport.abort()
+        for transport in list(self._transports.values()):
+            _abort(transport)
 
     @property
     def open_sockets(self) -> int:
@@ -103,9 +102,7 @@ class Hub:
         """One WebSocket from its opening to its end."""
         socket = web.WebSocketResponse()
         await socket.prepare(request)
-        transport = request.transport
-        if transport is not None:
-            self._transports.add(transport)
+        self._transports[socket] = request.transport
         sid = request.rel_url.query.get("clientId", "")
         if sid:
             self._sockets.pop(sid, None)
@@ -119,8 +116,7 @@ class Hub:
                 await self._send("executing", {"node": self.last_node_id}, sid)
             await self._listen(socket, sid)
         finally:
-            if transport is not None:
-                self._transports.discard(transport)
+            del self._transports[socket]
             if self._faults.client_id_trap or self._sockets.get(sid) is socket:
                 self._sockets.pop(sid, None)
                 self._client_features.pop(sid, None)
@@ -176,8 +172,10 @@ class Hub:
             if self._faults.shared_send_loop:
                 await send
             else:
-                with suppress(TimeoutError):
+                try:
                     await asyncio.wait_for(send, _UNREAD_S)
+                except TimeoutError:
+                    _abort(self._transports.get(socket))
 
 
 def preview_frame(fmt: str, image: Image.Image) -> bytes:
@@ -195,6 +193,11 @@ def text_frame(node_id: str, text: str) -> bytes:
     """The body of event 3 after its number: length of the node id, node id, text."""
     name = node_id.encode()
     return struct.pack(">I", len(name)) + name + text.encode()
+
+
+def _abort(transport: asyncio.BaseTransport | None) -> None:
+    if isinstance(transport, asyncio.Transport):
+        transport.abort()
 
 
 def _encoded(fmt: str, image: Image.Image) -> bytes:
