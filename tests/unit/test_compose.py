@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -274,3 +279,25 @@ def test_what_the_image_copies_is_sent_to_the_engine() -> None:
 
     assert copied == let_through
     assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_image_can_build_the_package(tmp_path: Path) -> None:
+    """The files that the image copies, and no others, make a wheel with all that is run from it."""
+    for name in re.findall(r"^!(\S+)$", (ROOT / ".dockerignore").read_text(), re.MULTILINE):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, tmp_path / name)
+
+    built = subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", "out"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+
+    assert built.returncode == 0, built.stderr
+    with zipfile.ZipFile(next((tmp_path / "out").glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    assert {"celeryconfig.py", "genpulse/py.typed", "genpulse/ledger/migrations/env.py"} <= set(names)
+    assert any(name.startswith("genpulse/ledger/migrations/versions/") for name in names)
+    assert any(name.startswith("genpulse/web/templates/") for name in names)
