@@ -165,12 +165,13 @@ def _on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None
     servers = [server.name for server in settings.servers]
     if not options.get("concurrency"):
         conf.worker_concurrency = queues.slots(asked, servers, settings.worker_concurrency)
+    if options.get("time_limit"):
+        # Celery lets the setting win over its own option.
+        for function in instance.app.tasks.values():
+            function.time_limit = options["time_limit"]
     host = socket.gethostname()
     if instance.hostname == f"celery@{host}" and not _names_the_node(sys.argv):
         instance.hostname = node_name(asked, os.getpid(), host)
-    from genpulse.tasks import drain
-
-    drain.prepare_drain()
     global _node  # noqa: PLW0603 - the children inherit it: Celery's signal in them names no worker
     _node = instance.hostname
 

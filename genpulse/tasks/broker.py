@@ -8,6 +8,8 @@ raised, take one out, and look whether its test still needs it.
 
 from __future__ import annotations
 
+import base64
+import json
 import logging
 from collections.abc import Mapping
 from queue import Empty
@@ -136,4 +138,25 @@ def _problem(message: Any) -> str | None:
     limits = headers.get("timelimit")
     if limits is not None and not (isinstance(limits, list) and len(limits) == 2):  # soft and hard
         return "strange limits"
-    return None
+    if message.get("content-type") != "application/json":
+        return "no JSON"
+    return None if _is_call(message.get("body"), properties.get("body_encoding")) else "no arguments"
+
+
+def _is_call(body: Any, encoding: Any) -> bool:
+    """
+    Whether *body* is ``[args, kwargs, embedded]``.
+
+    Celery hands anything else to a child, and never gives its slot free again.
+    """
+    try:
+        call = json.loads(base64.b64decode(body, validate=True) if encoding == "base64" else body)
+    except (ValueError, TypeError):
+        return False
+    return (
+        isinstance(call, list)
+        and len(call) == 3
+        and isinstance(call[0], list)
+        and isinstance(call[1], dict)
+        and isinstance(call[2], dict | None)
+    )
