@@ -9,7 +9,7 @@ It promises three things that a handful of ``requests`` calls would not:
 - A downloaded file is complete or not there: written beside its place, checked against the
   digest the API names, then renamed. It never leaves its folder and never overwrites another file.
 
-It knows nothing of the server's code, only of the contract in ``docs/reference/api.md``.
+It knows nothing of the server's code, only of the contract that the API publishes as ``/openapi.json``.
 """
 
 from __future__ import annotations
