@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn, cast
 
 import filetype
-from flask import request
+from flask import current_app, request
 from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
 
@@ -59,9 +59,8 @@ def read_json() -> Any:
         raise Problem(415, detail="JSON is UTF-8; send no other charset.")
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise Problem(415, detail="Send the body without a Content-Encoding.")
-    raw = request.get_data(cache=False)
     try:
-        value = _DECODER.decode(raw.decode("utf-8"))
+        value = _DECODER.decode(_read_all().decode("utf-8"))
     except UnicodeDecodeError:
         raise _invalid_json("The body is not valid UTF-8.") from None
     except json.JSONDecodeError as error:
@@ -72,6 +71,23 @@ def read_json() -> Any:
         raise _too_deep() from None
     check_values(value)
     return value
+
+
+def _read_all() -> bytes:
+    """
+    The whole body, or 413.
+
+    ``request.get_data`` cuts a chunked body off at the limit and calls what is left the body; then
+    the beginning of a body could be taken for all of it.
+    """
+    limit = int(current_app.config["MAX_CONTENT_LENGTH"])
+    request.max_content_length = limit + 1
+    found = bytearray()
+    while chunk := request.stream.read(min(_CHUNK_BYTES, limit + 1 - len(found))):
+        found += chunk
+        if len(found) > limit:
+            raise Problem(413, detail=f"The body is larger than {limit} bytes.")
+    return bytes(found)
 
 
 def check_values(value: Any) -> None:
