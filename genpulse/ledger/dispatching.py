@@ -228,9 +228,12 @@ class Dispatching(Running):
             return 0
         chosen = found.with_for_update(skip_locked=True).cte("chosen")
         statement = (
-            sa.update(t.tasks).where(task.id.in_(sa.select(chosen.c.id))).values(**values, updated_at=now())
+            sa.update(t.tasks)
+            .where(task.id.in_(sa.select(chosen.c.id)))
+            .values(**values, updated_at=now())
+            .returning(task.id)  # sqlite3 counts no rows of a statement that begins with WITH
         )
-        return self._write(lambda connection: connection.execute(statement).rowcount)
+        return len(self._write(lambda connection: connection.execute(statement).all()))
 
     def forget_expired_keys(self) -> int:
         """Drop idempotency keys that are past their time, in a bounded batch."""
