@@ -90,7 +90,13 @@ def _add_task_function(celery: Celery, name: str, summary: str) -> None:
 
     run.__doc__ = summary
     run.__name__ = name.rpartition(".")[2].replace("-", "_")
-    options: dict[str, Any] = {"bind": True, "name": name, "Request": f"{__name__}:GenPulseRequest"}
+    # Not shared: Celery would put it into every other application of this process as well.
+    options: dict[str, Any] = {
+        "bind": True,
+        "shared": False,
+        "name": name,
+        "Request": f"{__name__}:GenPulseRequest",
+    }
     celery.task(run, **options)
 
 

@@ -80,7 +80,7 @@ class _OnLoopback:
     """The two places where pytest-celery's classes believe in Docker's network."""
 
     def get_addr(self, port: str) -> tuple[str, int]:
-        return "127.0.0.1", self._container.service.port  # type: ignore[attr-defined, no-any-return]
+        return "127.0.0.1", self._container.service.port  # type: ignore[attr-defined]
 
     def get_open_tcp_ports(self) -> list[str]:
         return [name.partition("/")[0] for name in self._container.attrs["NetworkSettings"]["Ports"]]  # type: ignore[attr-defined]

@@ -75,8 +75,10 @@ GARBAGE = [
         b' "content-type": "application/json", "body": ' + json.dumps(body).encode() + b"}"
         for body in ("3", "null", "[]", "[[], {}]", '{"args": 1}', "[1, 2, 3]", "{", "\x00", 7, None)
     ),
-    b'{"properties": {"delivery_tag": "x", "delivery_info": {}}, "headers": {"task": "a", "id": "x"},'
-    b' "content-type": "application/x-python-serialize", "body": "[[], {}, {}]"}',
+    (
+        b'{"properties": {"delivery_tag": "x", "delivery_info": {}}, "headers": {"task": "a", "id": "x"},'
+        b' "content-type": "application/x-python-serialize", "body": "[[], {}, {}]"}'
+    ),
 ]
 
 
