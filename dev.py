@@ -392,7 +392,7 @@ def check(_: list[str]) -> int:
     tools = VENV / "bin"
     steps: dict[str, list[str | Path]] = {
         "format": [tools / "ruff", "format", "--check", "--quiet", "."],
-        "lint": [tools / "ruff", "check", "--quiet", "."],
+        "lint": [tools / "ruff", "check", "--quiet", "--output-format", "concise", "."],
         "types": [PYTHON, "-m", "mypy"],
         "imports": [tools / "lint-imports"],
         "unit tests": [PYTHON, "-m", "pytest", "-q", "tests/unit"],
