@@ -7,7 +7,7 @@ path each entry is one line of JSON, flushed before the server goes on. Entries 
     {"t": 1795304257.9, "event": "started", "prompt_id": "...", "client_id": "...", "server": "gpu1"}
 
 Events: ``boot``, ``submitted``, ``started``, ``finished`` (with ``status`` success or error, and the
-``files`` really written), ``interrupted``, ``deleted``, ``lost``, ``exit``.
+``files`` really written), ``interrupted``, ``deleted``, ``lost`` (a fault forgot it), ``worker_died``, ``exit``.
 """
 
 from __future__ import annotations

@@ -75,12 +75,6 @@ class PromptQueue:
             self._history[item[1]] = {"prompt": item, "outputs": {}, "status": status} | result
             self._changed()
 
-    def drop_running(self, slot: int) -> None:
-        """Forget a running prompt without a trace (fault ``lose_prompt_next`` for one that has started)."""
-        with self._lock:
-            self._running.pop(slot, None)
-            self._changed()
-
     def remaining(self) -> int:
         """How many wait or run."""
         with self._lock:

@@ -372,7 +372,7 @@ class Server:
     def _upload(self, post: Any, mask_of: dict[str, Any] | None) -> web.Response:
         """Store an upload; with *mask_of* its alpha channel is put into that image instead [trace 16]."""
         image = _file_in(post)
-        kind = post.get("type") or "input" if "type" not in post else post["type"]
+        kind = post.get("type", "input")
         if image is None or not image.filename:
             return web.Response(status=400)
         name, subfolder, overwrite = image.filename, post.get("subfolder", ""), post.get("overwrite")

@@ -13,7 +13,6 @@ import math
 import random
 import string
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps, ImageSequence
@@ -416,9 +415,3 @@ def preview_any(_ctx: NodeContext, source: Any = None) -> Outcome:
         except TypeError:
             text = str(source)
     return Outcome(ui={"text": (text,)})
-
-
-def read_image(path: Path) -> Image.Image:
-    """A file as one RGB image, for tests that look at pixels."""
-    with Image.open(path) as image:
-        return image.convert("RGB")
