@@ -83,7 +83,11 @@ def reads_of_the_environment(tree: ast.AST) -> Iterator[int]:
         if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store | ast.Del)
     }
     for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and node.attr in {"environ", "environb", "getenv"}:
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in {
+            "os.environ",
+            "os.environb",
+            "os.getenv",
+        }:
             if id(node) not in stored:
                 yield node.lineno
         elif isinstance(node, ast.ImportFrom) and node.module == "os":
