@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import socket
 import threading
 import time
@@ -472,6 +473,18 @@ class TestServer:
         assert client.basic_auth == ("user", "secret")
 
 
+def _request(connection: socket.socket) -> str:
+    """One request with its body; headers and body may come apart."""
+    data = b""
+    while chunk := connection.recv(65536):
+        data += chunk
+        head, end, body = data.partition(b"\r\n\r\n")
+        announced = re.search(rb"content-length: (\d+)", head.lower())
+        if end and len(body) >= (min(int(announced[1]), 65536) if announced else 0):
+            break
+    return data.decode("latin-1")
+
+
 class Stub:
     """A server that gives one raw answer to everything and remembers what it was asked."""
 
@@ -510,7 +523,7 @@ class Stub:
         with connection:
             try:
                 connection.settimeout(5)
-                self.heads.append(connection.recv(65536).decode("latin-1"))
+                self.heads.append(_request(connection))
                 if len(self.heads) <= self.resets:
                     return
                 if self.drip_s:
