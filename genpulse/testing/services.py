@@ -511,7 +511,7 @@ def find_postgres() -> Path:
         "/opt/homebrew/opt/postgresql@*/bin",
         "/usr/local/opt/postgresql@*/bin",
     ):
-        candidates += [Path(found) for found in sorted(glob.glob(pattern), reverse=True)]  # noqa: PTH207
+        candidates += [Path(found) for found in sorted(glob.glob(pattern), reverse=True)]  # noqa: PTH207 - absolute patterns
     for candidate in candidates:
         if (candidate / "initdb").exists():
             return candidate

@@ -153,7 +153,7 @@ def test_no_registry_host_and_no_path_of_one_machine_in_the_tree() -> None:
 def test_every_silenced_check_names_its_code_and_its_reason() -> None:
     """`# noqa: CODE - reason` and `# type: ignore[code]  # reason`: nobody has to guess later."""
     marks = re.compile(r"#\s*(noqa|type:\s*ignore)(?P<rest>.*)$")
-    explained = re.compile(r"^(: [A-Z]+\d+(, ?[A-Z]+\d+)*|\[[a-z, -]+\])\s*(-|–|—|#|:|,)\s*\S+")
+    explained = re.compile(r"^(: [A-Z]+\d+(, ?[A-Z]+\d+)*|\[[a-z, -]+\])(  |\s*[-–—#:,])\s*\S+")
     found = []
     for path in tracked_files():
         if path.suffix != ".py" or path == Path(__file__):
