@@ -1,0 +1,161 @@
+"""The migrations build exactly the tables of the models, up, down and up again, and for many at once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+
+import genpulse.ledger
+from genpulse.errors import LedgerUnavailable
+from genpulse.ledger import Ledger, metadata
+from genpulse.ledger import tables as t
+from tests.support.ledger import claim, open_ledger, submit
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest) -> str:
+    """A database without tables."""
+    name = "sqlite_url" if request.param == "sqlite" else "fresh_postgres_url"
+    url: str = request.getfixturevalue(name)
+    return url
+
+
+def migrate_to(ledger: Ledger, revision: str) -> None:
+    """Run Alembic as :meth:`Ledger.migrate` does, to any revision."""
+    config = Config()
+    config.set_main_option("script_location", str(Path(genpulse.ledger.__file__).parent / "migrations"))
+    with ledger.engine.begin() as connection:
+        config.attributes["connection"] = connection
+        (command.downgrade if revision == "base" else command.upgrade)(config, revision)
+
+
+def differences(ledger: Ledger) -> list[Any]:
+    """What Alembic would have to change to get from the database to the models."""
+    with ledger.engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        return list(compare_metadata(context, metadata))
+
+
+def schema(ledger: Ledger) -> list[tuple[Any, ...]]:
+    """Names and texts of all tables, indexes, checks and triggers, as the database itself tells them."""
+    if ledger.is_postgresql:
+        query = (
+            "SELECT 'i', indexname, indexdef FROM pg_indexes WHERE schemaname = 'public'"
+            " UNION ALL SELECT 'c', conname, pg_get_constraintdef(oid) FROM pg_constraint"
+            "   WHERE connamespace = 'public'::regnamespace"
+            " UNION ALL SELECT 't', tgname, pg_get_triggerdef(oid) FROM pg_trigger WHERE NOT tgisinternal"
+            " UNION ALL SELECT 'f', proname, prosrc FROM pg_proc WHERE pronamespace = 'public'::regnamespace"
+            " UNION ALL SELECT 'k', table_name || '.' || column_name,"
+            "   concat_ws(' ', data_type, character_maximum_length, is_nullable, column_default)"
+            "   FROM information_schema.columns WHERE table_schema = 'public'"
+        )
+    else:
+        query = "SELECT type, name, sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'"
+    with ledger.engine.connect() as connection:
+        found = [tuple(row) for row in connection.execute(sa.text(query))]
+    return sorted(
+        (kind, name, " ".join(str(text).split()))
+        for kind, name, text in found
+        if "alembic" not in f"{name}{text}"
+    )
+
+
+def test_migrations_build_what_the_models_say(empty_url: str) -> None:
+    """Alembic finds nothing to change: no table, column, type or index differs."""
+    with open_ledger(empty_url) as ledger:
+        ledger.migrate()
+        assert differences(ledger) == []
+
+
+def test_migrations_and_models_make_the_same_schema_word_for_word(
+    empty_url: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Also what Alembic does not compare: conditions of partial indexes, checks, storage, triggers."""
+    with open_ledger(empty_url) as ledger:
+        ledger.migrate()
+        migrated = schema(ledger)
+    if empty_url.startswith("sqlite"):
+        other_url = f"sqlite:///{tmp_path / 'models.db'}"
+    else:
+        other_url = request.getfixturevalue("postgres").create_database()
+    with open_ledger(other_url) as ledger:
+        with ledger.engine.begin() as connection:
+            metadata.create_all(connection)
+            for statement in t.TRIGGERS[ledger.engine.dialect.name][0]:
+                connection.exec_driver_sql(
+                    statement.replace("%", "%%") if ledger.is_postgresql else statement
+                )
+        made = schema(ledger)
+
+    def comparable(found: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+        # SQLite keeps the text of CREATE TABLE, whose constraints may stand in any order.
+        return [
+            (kind, name, sorted(text.replace("(", " ( ").replace(")", " ) ").replace(",", " ").split()))
+            for kind, name, text in found
+        ]
+
+    assert comparable(migrated) == comparable(made)
+
+
+def test_down_takes_everything_away_and_up_brings_it_back(empty_url: str) -> None:
+    """A downgrade leaves no table, trigger or function that a later upgrade would trip over."""
+    with open_ledger(empty_url) as ledger:
+        ledger.migrate()
+        before = schema(ledger)
+        migrate_to(ledger, "base")
+        assert schema(ledger) == []
+        ledger.migrate()
+        assert schema(ledger) == before
+
+
+def test_migrating_again_keeps_the_tasks(empty_url: str) -> None:
+    """Every start may migrate."""
+    with open_ledger(empty_url) as ledger:
+        ledger.migrate()
+        task = submit(ledger)
+        ledger.migrate()
+        assert claim(ledger, task).task.id == task.id
+
+
+def test_a_ledger_that_was_not_migrated_says_so(empty_url: str) -> None:
+    """``ping`` and every verb are our own error, so that a start can name the cure."""
+    with open_ledger(empty_url) as ledger:
+        with pytest.raises(LedgerUnavailable, match="tasks"):
+            ledger.ping()
+        with pytest.raises(LedgerUnavailable):
+            submit(ledger)
+
+
+def test_processes_that_migrate_at_once_all_succeed(empty_url: str) -> None:
+    """The second one waits, then finds nothing to do."""
+    program = (
+        "import sys; from genpulse.ledger import Ledger\n"
+        "ledger = Ledger.connect(sys.argv[1]); sys.stdin.readline(); ledger.migrate(); ledger.ping()"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, empty_url],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    ends = [(process.communicate(timeout=50)[1], process.returncode) for process in processes]
+
+    assert [code for _, code in ends] == [0, 0, 0], ends
+    with open_ledger(empty_url) as ledger:
+        assert differences(ledger) == []
