@@ -16,6 +16,7 @@ import json
 import math
 import re
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn, cast
@@ -40,6 +41,8 @@ _SURROGATES = re.compile("[\ud800-\udfff]")
 _CHUNK_BYTES = 64 * 1024
 _SPOOL_BYTES = 512 * 1024
 _HEAD_BYTES = 8192
+_DRAIN_BYTES = 8 * 2**20
+_DRAIN_S = 2.0
 _PART_HEADER_BYTES = 256 * 1024
 _MAX_PARTS = 100
 
@@ -83,11 +86,32 @@ def _read_all() -> bytes:
     limit = int(current_app.config["MAX_CONTENT_LENGTH"])
     request.max_content_length = limit + 1
     found = bytearray()
-    while chunk := request.stream.read(min(_CHUNK_BYTES, limit + 1 - len(found))):
-        found += chunk
-        if len(found) > limit:
-            raise Problem(413, detail=f"The body is larger than {limit} bytes.")
+    with _refusing_more(f"The body is larger than {limit} bytes."):
+        while chunk := request.stream.read(min(_CHUNK_BYTES, limit + 1 - len(found))):
+            found += chunk
+            if len(found) > limit:
+                raise RequestEntityTooLarge
     return bytes(found)
+
+
+@contextlib.contextmanager
+def _refusing_more(detail: str) -> Iterator[None]:
+    """
+    Make "too large" a 413 that its caller gets to read.
+
+    A caller that is still sending when the connection closes sees a broken pipe and no answer, so
+    a little more is taken in and thrown away first.
+    """
+    try:
+        yield
+    except RequestEntityTooLarge:
+        # Without this word of the server's, reading on might wait for bytes that never come.
+        if request.environ.get("wsgi.input_terminated"):
+            source, until = request.environ["wsgi.input"], time.monotonic() + _DRAIN_S
+            for _ in range(_DRAIN_BYTES // _CHUNK_BYTES):
+                if time.monotonic() > until or not source.read(_CHUNK_BYTES):
+                    break
+        raise Problem(413, detail=detail) from None
 
 
 def check_values(value: Any) -> None:
@@ -132,7 +156,9 @@ def read_upload(max_bytes: int) -> Iterator[Upload]:
     request.max_content_length = max_bytes + _PART_HEADER_BYTES
     with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:
         stream = cast("BinaryIO", spool)
-        yield _receive(stream, boundary.encode("ascii"), max_bytes)
+        with _refusing_more(f"The file is larger than {max_bytes} bytes, or the form around it is."):
+            upload = _receive(stream, boundary.encode("ascii"), max_bytes)
+        yield upload
 
 
 def sniff_type(head: bytes) -> tuple[str, str]:
@@ -173,14 +199,12 @@ def _receive(spool: BinaryIO, boundary: bytes, max_bytes: int) -> Upload:
             elif in_file:
                 size += len(event.data)
                 if size > max_bytes:
-                    raise Problem(413, detail=f"The file is larger than {max_bytes} bytes.")
+                    raise RequestEntityTooLarge
                 head += event.data[: _HEAD_BYTES - len(head)]
                 digest.update(event.data)
                 spool.write(event.data)
     except (ValueError, UnicodeDecodeError):
         raise Problem(400, "invalid_form", "The multipart form is broken.") from None
-    except RequestEntityTooLarge:
-        raise Problem(413, detail=f"The form is larger than a file of {max_bytes} bytes needs.") from None
     if name is None:
         raise Problem(422, detail="The form has no part named file.", errors=[("/file", "is required")])
     if not size:
