@@ -154,6 +154,10 @@ class Settings(BaseSettings):
         16 * 2**20, ge=5 * 2**20, description="Files above this size are uploaded in parts."
     )
     s3_presign_s: int = Field(3600, ge=1, le=604_800, description="How long a signed link works.")
+    s3_redirect: bool = Field(
+        True,
+        description="Answer downloads with a signed link of the object store. `false`: stream them through the API, for a store that callers cannot reach.",
+    )
 
     # Flower and logs
     flower_host: str = Field(

@@ -25,7 +25,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import IO, BinaryIO, ClassVar
+from typing import IO, BinaryIO
 from urllib.parse import quote
 
 from genpulse.errors import ObjectNotFound, Permanent, StorageUnavailable
@@ -81,8 +81,8 @@ class StorageProvider(ABC):
     Instances may be shared by threads and survive a fork.
     """
 
-    signs_urls: ClassVar[bool]
-    """True: ``get_url`` is a signed link that opens without our API. False: it leads to the API."""
+    signs_urls: bool
+    """True: callers are sent to ``get_url``, a signed link. False: the API reads the bytes for them."""
 
     def upload_file(
         self, key: str, stream: BinaryIO, *, content_type: str, filename: str | None = None

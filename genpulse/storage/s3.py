@@ -112,12 +112,11 @@ class S3Storage(StorageProvider):
         signature_version: ``s3v4`` or ``s3``; empty means the preset's.
         multipart_bytes: Larger files are sent in parts.
         presign_s: How long a link of :meth:`get_url` works if nothing else is said.
+        redirects: Callers can reach the store, so downloads may be links to it (``signs_urls``).
 
     Raises:
         ValueError: Names the argument that is missing or wrong.
     """
-
-    signs_urls = True
 
     def __init__(
         self,
@@ -132,6 +131,7 @@ class S3Storage(StorageProvider):
         signature_version: str = "",
         multipart_bytes: int = 16 * _MIB,
         presign_s: int = 3600,
+        redirects: bool = True,
         connect_timeout_s: float = 5.0,
         read_timeout_s: float = 60.0,
         max_tries: int = 4,
@@ -152,6 +152,7 @@ class S3Storage(StorageProvider):
         self.bucket = bucket
         self.prefix = _clean_prefix(prefix)
         self.presign_s = _link_time(presign_s)
+        self.signs_urls = redirects
         self._multipart_bytes = multipart_bytes
         region = region.removeprefix("oss-") if provider == "oss" else region
         self._credentials = (access_key_id or None, secret_access_key or None)

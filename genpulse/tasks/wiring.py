@@ -42,4 +42,5 @@ def open_storage(settings: Settings) -> StorageProvider:
         signature_version=settings.s3_signature_version,
         multipart_bytes=settings.s3_multipart_bytes,
         presign_s=settings.s3_presign_s,
+        redirects=settings.s3_redirect,
     )
