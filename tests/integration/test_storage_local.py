@@ -407,7 +407,7 @@ def test_two_processes_never_mix_record_and_object(storage: LocalStorage, root: 
     ]
     try:
         wait_until((root / "same").exists)
-        for _ in range(100):
+        for _ in range(3000):
             about = storage.stat("same")
             assert about.content_type == f"a/{about.size_bytes}"
             assert about.sha256 is not None

@@ -93,7 +93,8 @@ def captured(storage: S3Storage, act: Callable[[], object]) -> list[Any]:
         request.sent = body or b""
         raw: Any = io.BytesIO(b"<x><UploadId>u</UploadId></x>")
         raw.stream = lambda amt=None, **_: iter([raw.getvalue()])
-        headers: Any = {"ETag": f'"{hashlib.md5(request.sent).hexdigest()}"'}
+        etag = f'"{hashlib.md5(request.sent).hexdigest()}"'
+        headers: Any = {"ETag": etag, "Content-Length": str(len(request.sent))}
         return AWSResponse(request.url, 200, headers, raw)
 
     on(storage, "before-send.s3", answer)
@@ -540,11 +541,11 @@ class TestVerification:
     def test_somebody_elses_later_upload_is_no_failure(self, make: Callable[..., S3Storage]) -> None:
         """Another writer replaced the object between our upload and our look at it."""
         storage, other = make(), make()
-        on(storage, "after-call.s3.PutObject", lambda **_: put(other, "a", b"later"))
+        on(storage, "after-call.s3.PutObject", lambda **_: put(other, "a", b"a later one"))
 
         put(storage, "a", b"first")
 
-        assert get(storage, "a") == b"later"
+        assert get(storage, "a") == b"a later one"
 
 
 # Says "half" when its second part is about to go out, and waits to be killed.

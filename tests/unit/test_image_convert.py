@@ -429,6 +429,18 @@ class TestAttempt:
         with pytest.raises(TaskCanceled):
             convert(context, encoded(halves()), thumbnail=True)
 
+    def test_a_cancel_is_heard_while_the_source_arrives(
+        self, context: Context, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A large input from a slow store is not waited for."""
+        monkeypatch.setattr("genpulse.tasks.handlers.image_convert._CHUNK_BYTES", 1000)
+        context.checks = 3
+
+        with pytest.raises(TaskCanceled):
+            convert(context, encoded(halves(), "BMP"))
+
+        assert context.percents == []
+
     def test_progress_rises_to_the_end(self, context: Context) -> None:
         """It never falls and ends at 100; rendering is over before storing begins."""
         convert(context, encoded(halves()))
