@@ -1,9 +1,10 @@
 """
 The ComfyUI servers one worker serves: which of them answer, and which rest after a failure.
 
-Health is found by asking (``GET /prompt`` and ``GET /queue``). A server that failed cools off, 2 s at
-first and doubled up to 60 s, and is asked again before it counts as healthy. Knows nothing of other
-processes; safe to share between threads.
+Health is found by asking (``GET /prompt`` and ``GET /queue``). A server that does not answer is asked
+again after 2 s, so that it is used again right after it is back. One that answers but failed an attempt
+cools off, 2 s at first and doubled up to 60 s, and is asked again before it counts as healthy. Knows
+nothing of other processes; safe to share between threads.
 """
 
 from __future__ import annotations
@@ -118,7 +119,9 @@ class ServerPool:
     def mark_bad(self, name: str, reason: str) -> None:
         """A server failed an attempt: let it rest, longer each time in a row."""
         with self._lock:
-            self._fail(self._entries[name], reason)
+            entry = self._entries[name]
+            entry.failures += 1
+            self._rest(entry, reason, min(MAX_COOL_OFF_S, COOL_OFF_S * 2 ** min(entry.failures - 1, 10)))
 
     def mark_good(self, name: str) -> None:
         """A server did its work: forget earlier failures."""
@@ -143,7 +146,7 @@ class ServerPool:
             client.queue(timeout_s=PROBE_TIMEOUT_S)
         except ComfyUnavailable as error:
             with self._lock:
-                self._fail(entry, error.message)
+                self._rest(entry, error.message, COOL_OFF_S)
             return False
         with self._lock:
             if entry.cool_until > self._clock():
@@ -192,10 +195,8 @@ class ServerPool:
         finally:
             self.client(name).release_thread()
 
-    def _fail(self, entry: _Entry, reason: str) -> None:
-        entry.failures += 1
+    def _rest(self, entry: _Entry, reason: str, seconds: float) -> None:
         entry.healthy = False
         entry.reason = reason
         entry.queue_remaining = None
-        rest_s = min(MAX_COOL_OFF_S, COOL_OFF_S * 2 ** min(entry.failures - 1, 10))
-        entry.cool_until = self._clock() + rest_s
+        entry.cool_until = max(entry.cool_until, self._clock() + seconds)

@@ -70,13 +70,12 @@ def test_a_dead_server_does_not_hide_the_others() -> None:
     assert pool.states()[0].as_dict() == {"name": "a", "healthy": False, "reason": "nothing listens"}
 
 
-def test_rest_doubles_up_to_a_minute() -> None:
+def test_a_failed_attempt_rests_longer_each_time() -> None:
     """2, 4, 8 … 60 s, and nobody is asked meanwhile."""
     pool, fakes, clock = pool_of("a")
-    fakes["a"].up = False
     rests = []
     for _ in range(7):
-        pool.probe_all()
+        pool.mark_bad("a", "stalled")
         rests.append(pool.states()[0].retry_in_s)
         asked = fakes["a"].asked
         clock.now += rests[-1] - 0.1
@@ -85,6 +84,19 @@ def test_rest_doubles_up_to_a_minute() -> None:
         clock.now += 0.2
 
     assert rests == pytest.approx([2, 4, 8, 16, 32, 60, 60])
+
+
+def test_a_server_that_is_away_for_long_is_used_again_at_once() -> None:
+    """Not answering is no reason to rest longer: after an hour it is asked 2 s later, as at first."""
+    pool, fakes, clock = pool_of("a")
+    fakes["a"].up = False
+    for _ in range(30):
+        pool.probe_all()
+        assert pool.states()[0].retry_in_s == pytest.approx(2)
+        clock.now += 2.1
+    fakes["a"].up = True
+
+    assert len(pool.probe_all()) == 1
 
 
 def test_a_server_is_asked_again_before_it_counts() -> None:
