@@ -87,8 +87,9 @@ broker_transport_options = {
     "visibility_timeout": 2 * HARD_LIMIT_S,
     "priority_steps": list(PRIORITY_STEPS),
     "queue_order_strategy": "round_robin",
-    # Without limits a black-holed Redis holds the worker's event loop for ever.
-    "socket_timeout": 30,
+    # Without limits a black-holed Redis holds the worker's event loop for ever. BRPOP itself waits
+    # for a second, so a longer silence means that the connection is lost.
+    "socket_timeout": 5,
     "socket_connect_timeout": 3,
     "socket_keepalive": True,
     # A half-open connection is noticed after about two of these instead of 51 s.

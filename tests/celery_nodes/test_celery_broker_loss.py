@@ -46,11 +46,10 @@ def test_a_restart_of_redis_disturbs_no_task_and_work_goes_on_within_seconds(
     running = story.submit(seconds=8)
     story.started(running)
 
-    os.kill(default_redis_broker.service.pid, signal.SIGKILL)
-    default_redis_broker.service.wait(10)
+    default_redis_broker.service.stop(keep=True)
     waiting = story.submit()
     time.sleep(3)
-    default_redis_broker.service.restart()
+    default_redis_broker.service.start()
     back = time.monotonic()
 
     story.started(waiting, timeout_s=60)
@@ -102,23 +101,28 @@ def test_a_task_ends_while_redis_is_a_black_hole(
     assert story.ended(story.submit(), 60).status is TaskStatus.COMPLETED
 
 
-def test_a_child_lost_while_redis_is_away_is_noted(
+def test_a_child_lost_while_redis_is_away_costs_one_attempt(
     start_worker: Callable[..., GenPulseWorker],
     story: Story,
     proxy: FaultProxy,
     through_proxy: dict[str, str],
 ) -> None:
-    """The parent's note goes to the ledger, and its mirror does not hold the event loop."""
-    start_worker("worker", "-c", "1", GENPULSE_LEASE_S="60", **through_proxy)
-    task_id = story.submit(seconds=60)
+    """
+    The main process waits for Redis and sees no child die; the ledger notices by the missed beats.
+
+    Its background threads go on, so the task is ready when Redis is back.
+    """
+    start_worker("worker", "-c", "1", **through_proxy)
+    task_id = story.submit(seconds=6)
     child = story.started(task_id)
+    time.sleep(3)  # one lease: a new worker takes nothing back before
     proxy.set_mode("blackhole")
 
     os.kill(child, signal.SIGKILL)
 
-    (lease,) = wait_until(lambda: story.ledger.stale_leases(missed_s=1e6), 30)
-    assert lease.fence.task_id == task_id
+    wait_until(lambda: story.get(task_id).status is TaskStatus.PENDING, 30)
     proxy.set_mode("pass")
+    assert story.ended(task_id, 60).attempt == 2
 
 
 def test_a_wiped_redis_loses_no_task(
