@@ -5,7 +5,7 @@ from __future__ import annotations
 from genpulse.config import Settings
 from genpulse.ledger import Ledger
 from genpulse.live import Live
-from genpulse.storage import LocalStorage, S3Storage, StorageProvider
+from genpulse.storage import LocalStorage, StorageProvider
 
 __all__ = ["open_ledger", "open_live", "open_storage"]
 
@@ -31,6 +31,8 @@ def open_storage(settings: Settings) -> StorageProvider:
     """Where outputs and assets are kept."""
     if settings.storage == "local":
         return LocalStorage(settings.assets_dir, base_url=settings.public_url)
+    from genpulse.storage import S3Storage  # boto3 takes a second to import, and most need it not
+
     return S3Storage(
         bucket=settings.s3_bucket,
         provider=settings.s3_provider,

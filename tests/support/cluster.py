@@ -137,7 +137,7 @@ class Cluster:
     def start_simulator(self, name: str, *extra: str) -> Service:
         """Start a simulated ComfyUI under a fleet-wide name."""
         server = self.stack.enter_context(
-            services.start_simulator(self.directory / name, name=name, extra=extra)
+            services.start_simulator(self.directory / name, name=name, extra=("--name", name, *extra))
         )
         self.simulators[name] = server
         return server
