@@ -42,7 +42,7 @@ class MirroredRedisBackend(RedisBackend):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._quiet_until = 0.0
-        # One more try, for a connection that went stale between two tasks.
+        # Celery's own is 20 tries, a second apart.
         self.retry_policy = {"max_retries": 1, "interval_start": 0, "interval_step": 0.2, "interval_max": 0.2}
 
     def store_result(

@@ -90,7 +90,6 @@ class Producer:
 
     def __init__(self, settings: Settings, *, timeout_s: float = 1.0) -> None:
         self._url = broker_url(settings)
-        self._timeout_s = timeout_s
         self._options = {
             "socket_timeout": timeout_s,
             "socket_connect_timeout": timeout_s,
@@ -119,19 +118,13 @@ class Producer:
             return
         batch = [Message(*message) for message in messages]
         with self._lock:
-            # A connection that was idle may have gone stale; a fresh one decides.
-            for again in (self._connection is not None, False):
-                began = time.monotonic()
-                try:
-                    self._send(batch)
-                except Exception as error:
-                    # Redis, kombu and the socket have a tree of errors each; here they mean the same.
-                    self._drop()
-                    if again and time.monotonic() - began < self._timeout_s / 2:
-                        continue
-                    msg = f"the broker took no messages: {type(error).__name__}"
-                    raise BrokerUnavailable(msg) from error
-                return
+            try:
+                self._send(batch)
+            except Exception as error:
+                # Redis, kombu and the socket have a tree of errors each; here they mean the same.
+                self._drop()
+                msg = f"the broker took no messages: {type(error).__name__}"
+                raise BrokerUnavailable(msg) from error
 
     def close(self) -> None:
         """Close the connection; a later :meth:`publish` opens a new one."""
