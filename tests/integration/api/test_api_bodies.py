@@ -170,7 +170,6 @@ def test_a_body_above_the_limit_is_413(lone_api: Any) -> None:
         ({"callback_url": "https://"}, "/callback_url"),
         ({"callback_url": 5}, "/callback_url"),
         ({"prompt": "a cat"}, "/prompt"),
-        ({"params": {"server_address": "10.0.0.1:8188"}}, "/params/server_address"),
         ({"params": {"unknown": 1}}, "/params/unknown"),
     ],
 )
@@ -180,6 +179,16 @@ def test_a_wrong_field_is_422_and_named(lone_api: Any, change: dict[str, Any], w
 
     refused(lone_api, answer, 422, "invalid_request")
     assert where in [error["pointer"] for error in answer.json["errors"]], answer.text
+
+
+def test_a_caller_cannot_choose_the_server(lone_api: Any) -> None:
+    """No task type is even asked: in the original system this word led the workers to any host."""
+    answer = lone_api.client.post("/task", json=TASK | {"params": {"server_address": "10.0.0.1:8188"}})
+
+    refused(lone_api, answer, 422, "invalid_request")
+    assert answer.json["errors"] == [
+        {"pointer": "/params/server_address", "detail": "is not the caller's to choose"}
+    ]
 
 
 def test_an_unknown_task_type_is_422_and_lists_what_there_is(lone_api: Any) -> None:

@@ -139,9 +139,9 @@ def test_a_key_that_cannot_be_one_is_refused(lone_api: Any, key: str) -> None:
 
 @pytest.mark.parametrize("task_id", ["nope", str(uuid.uuid4()), "{" + str(uuid.uuid4()) + "}", "%00", "é"])
 @pytest.mark.parametrize("tail", ["", "/outputs/0", "/cancel"])
-def test_an_unknown_task_is_404_whatever_its_id_looks_like(lone_api: Any, task_id: str, tail: str) -> None:
+def test_an_unknown_task_is_404_whatever_its_id_looks_like(api: Any, task_id: str, tail: str) -> None:
     """No id is an error of another kind: neither a database's complaint nor a hint."""
-    call = lone_api.client.post if tail == "/cancel" else lone_api.client.get
+    call = api.client.post if tail == "/cancel" else api.client.get
 
     answer = call(f"/task/{task_id}{tail}")
 
