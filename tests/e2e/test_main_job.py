@@ -15,9 +15,7 @@ from tests.support.cluster import Cluster, simple
 
 
 @pytest.fixture(params=["local", "s3"])
-def cluster(
-    request: pytest.FixtureRequest, tmp_path: Path, ledger_url: str
-) -> Iterator[Cluster]:
+def cluster(request: pytest.FixtureRequest, tmp_path: Path, ledger_url: str) -> Iterator[Cluster]:
     """An API and two workers on one queue, each serving only a server of its own."""
     env: dict[str, str] = {}
     if request.param == "s3":
@@ -26,9 +24,9 @@ def cluster(
     with Cluster(tmp_path / "cluster", ledger_url, env=env) as running:
         for name in ("gpu1", "gpu2"):
             running.start_simulator(name)
-            running.start_worker(f"worker-{name}", [name], wait=False)
+            running.start_worker(name, [name], wait=False)
         for name in ("gpu1", "gpu2"):
-            running.wait_for_worker(f"worker-{name}")
+            running.wait_for_worker(name)
         yield running
 
 

@@ -83,6 +83,7 @@ class Cluster:
         self.stack = ExitStack()
         self.simulators: dict[str, Service] = {}
         self.workers: dict[str, Service] = {}
+        self._numbered = 0
         directory.mkdir(parents=True, exist_ok=True)
         self.valkey: Service | None = None
         if redis_url is None:
@@ -153,6 +154,8 @@ class Cluster:
         wait: bool = True,
     ) -> Service:
         """Start ``celery -A genpulse worker`` serving the named simulators."""
+        name = f"w{self._numbered}-{name}"  # a node's name is never used twice: its row would look alive
+        self._numbered += 1
         urls = ",".join(f"{each}={self.simulators[each].url}" for each in servers)
         args = ["-m", "celery", "-A", "genpulse", "worker", "-Q", queues, "-n", f"{name}@test", "-l", "INFO"]
         if concurrency is not None:
@@ -163,8 +166,9 @@ class Cluster:
             self.wait_for_worker(name)
         return worker
 
-    def wait_for_worker(self, name: str, timeout_s: float = 30.0) -> None:
+    def wait_for_worker(self, name: str, timeout_s: float = 60.0) -> None:
         """Wait until the worker is in the ledger and consumes."""
+        name = name if name in self.workers else self._full_name(name)
         wait_until(
             lambda: any(each.name == f"{name}@test" and each.consuming for each in self.ledger.workers()),
             timeout_s,
@@ -173,7 +177,7 @@ class Cluster:
 
     def children(self, name: str) -> list[int]:
         """The pids of a worker's children."""
-        return [child.pid for child in psutil.Process(self.workers[name].pid).children()]
+        return [child.pid for child in psutil.Process(self.worker(name).pid).children()]
 
     def child_running(self, task_id: str) -> int:
         """The pid of the child that runs a task now."""
@@ -184,6 +188,32 @@ class Cluster:
     def kill(self, pid: int) -> None:
         """``kill -9``."""
         os.kill(pid, signal.SIGKILL)
+
+    def heal(self) -> None:
+        """Whatever the last test killed: one server ``gpu1`` and one worker for it, and nothing else."""
+        self._numbered += 1
+        for name in [name for name in self.simulators if name != "gpu1"]:
+            self.simulators.pop(name).stop()
+        usable = [name for name, worker in self.workers.items() if worker.alive() and name.endswith("-one")]
+        for name in [name for name in self.workers if name not in usable[:1]]:
+            self.workers.pop(name).stop()
+        if self.valkey is not None and not self.valkey.alive():
+            self.valkey.restart()
+        if "gpu1" not in self.simulators:
+            self.start_simulator("gpu1")
+        elif not self.simulators["gpu1"].alive():
+            self.simulators["gpu1"].restart()
+        if not usable:
+            self.start_worker("one", ["gpu1"])
+        else:
+            wait_until(lambda: any(each.consuming for each in self.ledger.workers()), 30)
+
+    def worker(self, name: str) -> Service:
+        """The newest worker that was started as *name*."""
+        return self.workers[self._full_name(name)]
+
+    def _full_name(self, name: str) -> str:
+        return max((each for each in self.workers if each.endswith(f"-{name}")), key=_number)
 
     # -- tasks --------------------------------------------------------------------------------
 
@@ -260,3 +290,7 @@ class Cluster:
             for event in self.executions()
             if event["event"] == "started" and event.get("prompt_id") in prompts
         ]
+
+
+def _number(name: str) -> int:
+    return int(name.partition("-")[0].removeprefix("w"))
