@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import uuid
+from functools import cached_property
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -57,6 +58,28 @@ class GenPulseRequest(Request):
         return super().on_timeout(soft, timeout)
 
 
+class _QuietCelery(Celery):
+    """
+    A Celery whose workers do not ask each other anything.
+
+    Mingle makes a worker wait a second at its start for news of others, and gossip keeps a
+    subscription that serves nothing here: the ledger knows what Celery's workers would tell. The
+    command line is the user's (``celery -A genpulse worker -Q comfy``), so it is said here.
+    """
+
+    @cached_property
+    def Worker(self) -> Any:  # noqa: N802 - Celery's name
+        """The class of this application's workers."""
+        whose: Any = self  # the stubs know classes only, not Celery's own lazy names
+        base = whose.subclass_with_self("celery.apps.worker:Worker")
+
+        class Worker(base):  # type: ignore[misc]  # made at run time by Celery
+            def prepare_args(self, **kwargs: Any) -> dict[str, Any]:
+                return {**kwargs, "without_mingle": True, "without_gossip": True}
+
+        return Worker
+
+
 def build_app(settings: Settings | None = None, registry: Registry | None = None) -> Celery:
     """
     Build the worker's Celery application: one task function for each task type.
@@ -70,7 +93,7 @@ def build_app(settings: Settings | None = None, registry: Registry | None = None
         RegistryError: A handler plug-in cannot be used.
     """
     registry = registry or default_registry()
-    celery = Celery("genpulse", amqp=WorkerAMQP)
+    celery = _QuietCelery("genpulse", amqp=WorkerAMQP)
     celery.config_from_object("celeryconfig", force=True)
     if settings is not None:
         celery.conf.update(broker_url=broker_url(settings), result_backend=result_backend(settings))
@@ -110,7 +133,7 @@ def _run(message_id: str) -> dict[str, Any]:
     try:
         task_id = str(uuid.UUID(message_id))
     except (ValueError, AttributeError, TypeError):
-        log.warning("message_dropped: its id is no task id")
+        log.warning("message_dropped", extra={"reason": "its id is no task id"})
         raise Ignore from None
     from genpulse.tasks.runner import run_message
 
@@ -164,7 +187,8 @@ def _on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None
         _stop(error)
     if reason := refusal(settings):
         _stop(reason)
-    from genpulse.tasks import drain
+    # What every child needs is imported once, before the first fork, and shared by all of them.
+    from genpulse.tasks import drain, presence, render, runner  # noqa: F401 - only to be loaded
 
     drain.prepare_drain()  # before the first fork: the children see the same byte
     asked = _asked_queues(conf, options)
@@ -198,11 +222,11 @@ def _on_celeryd_after_setup(instance: Any = None, conf: Any = None, **_: Any) ->
     consumed = instance.app.amqp.queues
     asked = tuple(consumed.consume_from)
     if not _gave_queues(instance):
-        log.warning("no_queue_named: without -Q this worker serves every queue: %s", ", ".join(asked))
+        log.warning("serving_every_queue", extra={"reason": "no -Q was given", "queues": list(asked)})
     routed = {queue.name for queue in conf.task_queues or ()}
     for name in asked:
         if queues.base_queue(name) not in routed:
-            log.warning("queue_without_task_type: no task type is routed to the queue %r", name)
+            log.warning("queue_without_task_type", extra={"queue": name})
     for name in queues.worker_queues(asked, [server.name for server in settings.servers]):
         if name not in asked:
             consumed.select_add(celery_queue(name))
