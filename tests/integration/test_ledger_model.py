@@ -32,7 +32,7 @@ from genpulse.ledger import tables as t
 from genpulse.model import AttemptOutcome, Claim, ErrorInfo, NewTask, TaskStatus
 from tests.support.ledger import OOM, open_ledger, output, run_sql
 
-MAX_ATTEMPTS, MAX_LOST = 2, 2
+MAX_ATTEMPTS, MAX_LOST = 3, 2
 SERVERS = ("gpu1", "gpu2")
 EXAMPLES = int(os.environ.get("GENPULSE_TEST_EXAMPLES", "30"))
 """More of them for a long search."""

@@ -138,18 +138,23 @@ def test_a_ledger_that_was_not_migrated_says_so(empty_url: str) -> None:
 def test_processes_that_migrate_at_once_all_succeed(empty_url: str) -> None:
     """The second one waits, then finds nothing to do."""
     program = (
-        "import sys; from genpulse.ledger import Ledger\n"
-        "ledger = Ledger.connect(sys.argv[1]); sys.stdin.readline(); ledger.migrate(); ledger.ping()"
+        "import sys, alembic.command; from genpulse.ledger import Ledger\n"
+        "ledger = Ledger.connect(sys.argv[1]); print('ready', flush=True); sys.stdin.readline()\n"
+        "ledger.migrate(); ledger.ping()"
     )
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", program, empty_url],
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for _ in range(3)
     ]
+    for process in processes:  # all have imported what they need, so that they really meet
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
     for process in processes:
         assert process.stdin is not None
         process.stdin.write("\n")
