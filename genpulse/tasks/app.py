@@ -73,7 +73,7 @@ class _QuietCelery(Celery):
         whose: Any = self  # the stubs know classes only, not Celery's own lazy names
         base = whose.subclass_with_self("celery.apps.worker:Worker")
 
-        class Worker(base):  # type: ignore[misc]  # made at run time by Celery
+        class Worker(base):  # type: ignore[misc, valid-type]  # made at run time by Celery
             def prepare_args(self, **kwargs: Any) -> dict[str, Any]:
                 return {**kwargs, "without_mingle": True, "without_gossip": True}
 

@@ -280,9 +280,10 @@ class Service:
             return
         assert watchdog.stdin is not None
         assert watchdog.stdout is not None
-        with contextlib.suppress(OSError):
-            if keep:
+        if keep:
+            with contextlib.suppress(OSError):  # it may be gone with its child
                 watchdog.stdin.write(b"k")
+        with contextlib.suppress(OSError):
             watchdog.stdin.close()
         try:
             watchdog.wait(self._grace_s + 15)
