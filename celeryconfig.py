@@ -3,7 +3,7 @@ Celery's own settings, as plain names, each with its reason.
 
 Celery loads this file by name (``genpulse.tasks.app``); no module imports it. Values that differ
 between installations come from :meth:`genpulse.config.Settings.from_env`. What was measured about
-them stands in ``docs/explanation/celery.md``; every cure has a test in ``tests/celery_nodes``.
+them stands beside them; the cures have tests in ``tests/celery_nodes``.
 """
 
 from genpulse.config import Settings
@@ -73,7 +73,7 @@ worker_proc_alive_timeout = 30.0
 # Flower. Costs two fifths of a no-op's throughput, which is nothing beside a rendering.
 worker_send_task_events = True
 task_send_sent_event = False
-# Celery's logging stays as it is; genpulse.telemetry adds its handler to what is there.
+# Logging is genpulse.telemetry's, through Celery's signal setup_logging; print stays print.
 worker_redirect_stdouts = False
 worker_enable_remote_control = True  # Flower: inspect and revoke (a revoke becomes a cancel)
 

@@ -32,7 +32,7 @@ class WorkerChannel(redis.Channel):
         try:
             return super()._brpop_read(**options)  # type: ignore[misc]  # the stubs leave it out
         except ValueError as error:
-            log.warning("message_dropped: no JSON in the queue: %s", type(error).__name__)
+            log.warning("message_dropped", extra={"reason": f"no JSON: {type(error).__name__}"})
             raise Empty from None
 
 
@@ -48,7 +48,7 @@ class WorkerTransport(redis.Transport):
 
     def _deliver(self, message: Any, queue: str | None) -> None:
         if (problem := _problem(message)) is not None:
-            log.warning("message_dropped: %s, in the queue %s", problem, queue)
+            log.warning("message_dropped", extra={"reason": problem, "queue": queue})
             return
         lost: tuple[Any, ...] = (*self.connection_errors, *self.channel_errors)
         try:
@@ -57,9 +57,9 @@ class WorkerTransport(redis.Transport):
             # kombu counts a KeyError as a lost connection, and the message's content can raise one.
             if not isinstance(error, KeyError):
                 raise
-            log.warning("message_dropped: Celery misses %s in it, in the queue %s", error, queue)
+            log.warning("message_dropped", extra={"reason": f"Celery misses {error} in it", "queue": queue})
         except Exception:
-            log.exception("message_dropped: Celery cannot handle it, in the queue %s", queue)
+            log.exception("message_dropped", extra={"reason": "Celery cannot handle it", "queue": queue})
 
 
 class WorkerConnection(Connection):

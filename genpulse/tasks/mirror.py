@@ -78,7 +78,7 @@ class MirroredRedisBackend(RedisBackend):
             return act()
         except Exception as error:  # noqa: BLE001 - whatever it is, the ledger has the truth already
             self._quiet_until = time.monotonic() + PAUSE_S
-            log.warning("result_not_mirrored: %s", type(error).__name__)
+            log.warning("result_not_mirrored", extra={"error": type(error).__name__})
             return otherwise
 
 
@@ -145,8 +145,9 @@ class ParentNotes:
                 self._act(task_id, worker)
             except Exception as error:  # noqa: BLE001 - the edge of a thread; the lease's end says the same
                 if self._stopping.is_set() or time.monotonic() + pause > until:
+                    what = "lease" if worker else "cancel"
                     log.warning(
-                        "note_not_written: %s of %s: %r", "lease" if worker else "cancel", task_id, error
+                        "note_not_written", extra={"task_id": task_id, "what": what, "error": str(error)}
                     )
                     return
                 self._stopping.wait(pause)
