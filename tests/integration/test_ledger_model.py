@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -437,6 +437,7 @@ def ledger(ledger_url: str) -> Iterator[Ledger]:
         yield found
 
 
+@pytest.mark.timeout(400)  # a failure is shrunk before it is told
 def test_a_tasks_life_holds_its_invariants_in_any_order(ledger: Ledger) -> None:
     """Whatever workers, sweepers and callers do, and wherever they crash, the ledger keeps its word."""
     machine = type("TaskLifeHere", (TaskLife,), {"ledger": ledger})
@@ -446,6 +447,7 @@ def test_a_tasks_life_holds_its_invariants_in_any_order(ledger: Ledger) -> None:
             max_examples=EXAMPLES,
             stateful_step_count=40,
             deadline=None,
+            phases=[Phase.generate, Phase.shrink],
             database=None,
             suppress_health_check=list(HealthCheck),
         ),
