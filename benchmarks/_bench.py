@@ -98,7 +98,7 @@ class Bench:
             for output in self.cluster.task(task_id)["outputs"]
         )
 
-    def finish(self, task_id: str) -> dict[str, Any]:
+    def finish(self, task_id: str, every_s: float = 0.005) -> dict[str, Any]:
         """Poll until the task is final; raises if it did not complete."""
         while True:
             found = self.cluster.task(task_id)
@@ -107,7 +107,7 @@ class Bench:
                     msg = f"a task of the benchmark ended {found['status']}: {found['error']}"
                     raise RuntimeError(msg)
                 return found
-            time.sleep(0.005)
+            time.sleep(every_s)
 
     def count(self, work: Callable[[], int]) -> Counts:
         """

@@ -201,14 +201,23 @@ class Dispatching(Running):
             error=EXPIRED.as_dict(),
         )
 
-    def release_bindings(self, live_servers: Collection[str]) -> int:
-        """Free tasks bound to a server that no live worker serves, once they have waited long enough."""
+    def release_bindings(self, live_servers: Collection[str], gone_servers: Collection[str] = ()) -> int:
+        """
+        Free tasks bound to a server that no live worker serves, once they have waited long enough.
+
+        Args:
+            live_servers: Served by a live worker.
+            gone_servers: Dead for so long that they forgot every prompt: nothing is left to wait for.
+        """
         task = t.tasks.c
+        unserved = sa.and_(
+            task.bound_server.not_in(list(live_servers)),
+            sa.or_(task.bound_until.is_(None), task.bound_until <= now()),
+        )
         return self._sweep_pending(
             (
                 task.bound_server.is_not(None),
-                task.bound_server.not_in(list(live_servers)),
-                sa.or_(task.bound_until.is_(None), task.bound_until <= now()),
+                sa.or_(unserved, task.bound_server.in_(list(gone_servers))),
             ),
             bound_server=None,
             bound_until=None,

@@ -175,12 +175,12 @@ class Registry:
         The handler of a task type or alias.
 
         Raises:
-            InvalidRequest: ``invalid_request``; the text lists what there is.
+            InvalidRequest: ``unknown_task_type``; the text lists what there is.
         """
         found = self._by_name.get(name)
         if found is None:
             sentence = f"There is no task type of this name; there are: {', '.join(self.types())}."
-            raise InvalidRequest("invalid_request", sentence, [("/task_type", sentence)])
+            raise InvalidRequest("unknown_task_type", sentence, [("/task_type", sentence)])
         return found
 
     def __contains__(self, name: object) -> bool:

@@ -32,6 +32,7 @@ MISSED_BEATS = 3
 OVERDUE_S = 5.0
 """A message that was sent longer ago, and is nowhere in Redis, is lost."""
 WORKER_FRESH_S = 15.0
+GONE_AFTER_S = 10.0
 _RARELY_S = 60.0
 
 
@@ -59,6 +60,7 @@ class Sweeper:
         self._pinged_at: dt.datetime | None = None
         self._epoch: Epoch | None = None
         self._missing: dict[str, Dispatch] = {}
+        self._down_since: dict[str, float] = {}
         self._rarely_at = time.monotonic()
 
     def sweep(self) -> Swept:
@@ -72,10 +74,8 @@ class Sweeper:
         try:
             if self._is_steady():
                 swept.reaped = self._reap()
-                servers = {
-                    str(server["name"]) for worker in self._live_workers() for server in worker.servers
-                }
-                swept.released = self._ledger.release_bindings(servers)
+                live, gone = self._servers()
+                swept.released = self._ledger.release_bindings(live, gone)
             swept.expired = self._ledger.expire()
             swept.sent_again = self._reconcile()
             swept.relayed = self._relay.pulse()
@@ -100,6 +100,24 @@ class Sweeper:
         rows = self._ledger.workers_with_sessions(WORKER_FRESH_S)
         alive = self._probe.alive([key for _, key in rows])
         return [info for info, key in rows if key in alive]
+
+    def _servers(self) -> tuple[set[str], set[str]]:
+        """
+        The servers that live workers serve, and those that none of them reaches any more.
+
+        A server that nobody reached for :data:`GONE_AFTER_S` is taken to have forgotten its prompts;
+        its workers do not consume, so a task bound to it would wait for ever.
+        """
+        healthy: dict[str, bool] = {}
+        for worker in self._live_workers():
+            for server in worker.servers:
+                name = str(server["name"])
+                healthy[name] = healthy.get(name, False) or bool(server.get("healthy"))
+        at = time.monotonic()
+        down = {name for name, well in healthy.items() if not well}
+        self._down_since = {name: self._down_since.get(name, at) for name in down}
+        gone = {name for name, since in self._down_since.items() if at - since >= GONE_AFTER_S}
+        return healthy.keys() - gone, gone
 
     def _reap(self) -> int:
         """Take back the tasks of dead workers: their session is gone and three beats are missed, or the lease ran out."""

@@ -52,7 +52,7 @@ def make_sweeper(valkey_url: str) -> Iterator[Callable[..., Sweeper]]:
 
 
 @contextlib.contextmanager
-def worker(ledger: Ledger, *servers: str) -> Iterator[ProcessSession]:
+def worker(ledger: Ledger, *servers: str, healthy: bool = True) -> Iterator[ProcessSession]:
     """A live worker of these servers: a fresh row, and a session that is held."""
     session = ProcessSession(ledger)
     session.hold()
@@ -61,7 +61,7 @@ def worker(ledger: Ledger, *servers: str) -> Iterator[ProcessSession]:
         host="h",
         pid=1,
         queues=["comfy"],
-        servers=[{"name": name, "healthy": True, "reason": ""} for name in servers],
+        servers=[{"name": name, "healthy": healthy, "reason": ""} for name in servers],
         slots=2,
         consuming=True,
         session_key=session.key,
@@ -234,6 +234,23 @@ def test_a_sweeper_that_just_connected_frees_no_binding(
     assert sweeper.sweep().released == 0
     time.sleep(LEASE_S)
     assert sweeper.sweep().released == 1
+
+
+def test_a_server_that_nobody_reaches_holds_no_task(
+    ledger: Ledger, make_sweeper: Callable[..., Sweeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker lives but does not consume: after a while the task is free, however long it might wait."""
+    monkeypatch.setattr("genpulse.tasks.sweeper.GONE_AFTER_S", 0.5)
+    sweeper = make_sweeper(ledger)
+    steady(sweeper)
+    held = hold(ledger, 1)
+    prompt(ledger, held, "gpu1")
+    ledger.hand_back(held.fence, adopt_wait_s=600.0)
+
+    with worker(ledger, "gpu1", healthy=False):
+        assert sweeper.sweep().released == 0
+        time.sleep(0.6)
+        assert sweeper.sweep().released == 1
 
 
 def test_what_was_not_started_in_time_is_ended(ledger: Ledger, make_sweeper: Callable[..., Sweeper]) -> None:

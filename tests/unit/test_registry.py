@@ -80,7 +80,7 @@ def test_an_unknown_task_type_lists_the_known_ones() -> None:
     with pytest.raises(InvalidRequest) as caught:
         Registry([Resize, Paint]).get("reszie")
 
-    assert caught.value.problem == "invalid_request"
+    assert caught.value.problem == "unknown_task_type"
     assert "paint, resize" in caught.value.detail
     assert caught.value.errors[0][0] == "/task_type"
 

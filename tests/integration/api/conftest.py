@@ -64,8 +64,7 @@ class Api:
         """Submit a task; returns the 202's body."""
         answer = self.client.post("/task", json={"task_type": "echo", "params": {"text": "hi"}, **more})
         assert answer.status_code == 202, answer.text
-        body: dict[str, Any] = answer.json
-        return body
+        return dict(answer.get_json())
 
     def claim(self, task_id: str) -> Claim:
         """Begin an attempt as a worker does."""
