@@ -99,9 +99,6 @@ class Settings(BaseSettings):
         3, ge=0, le=100, description="Attempts that may be lost with their worker before a task fails."
     )
     idempotency_ttl_s: int = Field(86_400, ge=1, description="How long an Idempotency-Key is remembered.")
-    retention_days: float = Field(
-        0, ge=0, description="Days after which final tasks and their outputs are deleted. 0: never."
-    )
 
     # Workers
     lease_s: float = Field(

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import logging
 import sys
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import structlog
 
 __all__ = ["setup_logging"]
+
+if TYPE_CHECKING:
+    from structlog.typing import EventDict, WrappedLogger
 
 _CHATTY = ("urllib3", "botocore", "boto3", "websocket", "PIL", "amqp", "kombu")
 
@@ -35,6 +38,7 @@ def setup_logging(level: int | str = "INFO", style: Literal["console", "json"] =
         structlog.stdlib.add_log_level,
         structlog.stdlib.ExtraAdder(),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _without_repetition,
     ]
     structlog.configure(
         processors=[
@@ -69,3 +73,10 @@ def setup_logging(level: int | str = "INFO", style: Literal["console", "json"] =
     root.setLevel(level)
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _without_repetition(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+    """Celery hands over, as ``data``, the dictionary that its sentence was made of."""
+    if str(event.get("logger", "")).startswith("celery."):
+        event.pop("data", None)
+    return event

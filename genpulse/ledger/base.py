@@ -202,4 +202,7 @@ class Base:
 
 def _reason(error: sa.exc.DBAPIError) -> str:
     """The first line of the driver's words; statement and parameters stay out of it."""
+    words = str(error.orig)
+    if "no such table" in words or ("relation" in words and "does not exist" in words):
+        return "the tables are missing or old: run `genpulse migrate`"
     return str(error.orig).strip().partition("\n")[0] or type(error.orig).__name__

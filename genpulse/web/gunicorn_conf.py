@@ -13,6 +13,7 @@ from typing import Any
 
 from genpulse.config import Settings
 from genpulse.tasks import background
+from genpulse.telemetry import setup_logging
 
 _settings = Settings.from_env()
 
@@ -32,7 +33,22 @@ if _memory.is_dir():
     worker_tmp_dir = str(_memory)
 loglevel = _settings.log_level.lower()
 accesslog = None
+# gunicorn's own lines go where all others go; see genpulse.telemetry.
+logconfig_dict = {
+    "root": {"level": "INFO", "handlers": []},
+    "loggers": {
+        name: {"level": loglevel.upper(), "handlers": [], "propagate": True, "qualname": name}
+        for name in ("gunicorn.error", "gunicorn.access")
+    },
+}
+# Off: a socket of a fixed name in the home folder, which two servers would share.
+control_socket_disable = True
 forwarded_allow_ips = "127.0.0.1,::1"
+
+
+def on_starting(_server: Any) -> None:
+    """In the main process, before the first fork: the workers inherit it."""
+    setup_logging(_settings.log_level, _settings.log_format)
 
 
 def post_worker_init(worker: Any) -> None:
