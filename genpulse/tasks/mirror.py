@@ -63,7 +63,7 @@ class MirroredRedisBackend(RedisBackend):
     def _set(self, key: str, value: Any, expires: int | None = None) -> None:
         # The base class uses SETEX, which redis-py 8 deprecates.
         with self.client.pipeline() as pipe:
-            pipe.set(key, value, ex=(self.expires if expires is None else expires) or None)  # type: ignore[attr-defined]
+            pipe.set(key, value, ex=(self.expires if expires is None else expires) or None)  # type: ignore[attr-defined]  # the stubs lack the base class's field
             pipe.publish(key, value)
             pipe.execute()
 
@@ -193,5 +193,5 @@ def parent_notes() -> ParentNotes:
 
 def forget_parent() -> None:
     """In a child just forked: the parent's notes and their thread are not ours."""
-    global _notes  # noqa: PLW0603
+    global _notes  # noqa: PLW0603 - one per process
     _notes = None

@@ -80,15 +80,15 @@ class _OnLoopback:
     """The two places where pytest-celery's classes believe in Docker's network."""
 
     def get_addr(self, port: str) -> tuple[str, int]:
-        return "127.0.0.1", self._container.service.port  # type: ignore[attr-defined]
+        return "127.0.0.1", self._container.service.port  # type: ignore[attr-defined]  # our own container's field
 
     def get_open_tcp_ports(self) -> list[str]:
-        return [name.partition("/")[0] for name in self._container.attrs["NetworkSettings"]["Ports"]]  # type: ignore[attr-defined]
+        return [name.partition("/")[0] for name in self._container.attrs["NetworkSettings"]["Ports"]]  # type: ignore[attr-defined]  # our own container's field
 
     @property
     def service(self) -> Service:
         """The process."""
-        found: Service = self._container.service  # type: ignore[attr-defined]
+        found: Service = self._container.service  # type: ignore[attr-defined]  # our own container's field
         return found
 
     def teardown(self) -> None:

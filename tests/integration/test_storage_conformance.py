@@ -211,7 +211,7 @@ class StorageConformance:
     def test_a_failing_source_leaves_no_new_key(self, storage: StorageProvider) -> None:
         """A first upload that fails was never there."""
         with pytest.raises(OSError, match="no more"):
-            storage.upload_file("x", Failing(PNG, OSError("no more")), content_type="a/b")  # type: ignore[arg-type]
+            storage.upload_file("x", Failing(PNG, OSError("no more")), content_type="a/b")  # type: ignore[arg-type]  # only its read is used
 
         assert list(storage.keys()) == []
         assert storage.collect_leftovers(0) == 0

@@ -359,7 +359,7 @@ class TestCrashes:
                 return b"slow"
 
         with ThreadPoolExecutor(1) as pool:
-            upload = pool.submit(storage.upload_file, "slow", Slow(), content_type="a/b")  # type: ignore[arg-type]
+            upload = pool.submit(storage.upload_file, "slow", Slow(), content_type="a/b")  # type: ignore[arg-type]  # only its read is used
             assert half.wait(10)
             (tmp / "left-by-a-crash").write_bytes(b"x" * 1000)
 

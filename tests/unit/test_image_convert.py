@@ -176,7 +176,7 @@ class TestSizes:
         found = picture(context, encoded(image), width=40)
 
         visible = [found.getpixel((x, 20)) for x in range(40)]
-        assert all(pixel[:3] == (255, 255, 255) for pixel in visible if pixel[3] > 8)  # type: ignore[index]
+        assert all(pixel[:3] == (255, 255, 255) for pixel in visible if pixel[3] > 8)  # type: ignore[index]  # a pixel of four bands
 
 
 class TestFormats:
@@ -253,7 +253,7 @@ class TestFormats:
 
         found = picture(context, encoded(image, "GIF", transparency=1))
 
-        assert found.convert("RGBA").getpixel((3, 3))[3] == 0  # type: ignore[index]
+        assert found.convert("RGBA").getpixel((3, 3))[3] == 0  # type: ignore[index]  # a pixel of four bands
 
     def test_an_animation_gives_its_first_frame(self, context: Context) -> None:
         """One picture in, one picture out."""

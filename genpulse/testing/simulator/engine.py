@@ -145,7 +145,7 @@ class Engine:
         _number, prompt_id, prompt, extra_data, outputs = item
         self._interrupt.clear()
         # No .get: what `in` does not work on kills the worker, a list does not [trace 28].
-        self.hub.client_id = extra_data["client_id"] if "client_id" in extra_data else None  # noqa: SIM401
+        self.hub.client_id = extra_data["client_id"] if "client_id" in extra_data else None  # noqa: SIM401 - as the server asks it, so that odd types fail alike
         client_id = self.hub.client_id
         self.journal.add("started", prompt_id, client_id)
         run = _Run(self, prompt_id, prompt, extra_data, outputs)
