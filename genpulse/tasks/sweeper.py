@@ -96,10 +96,16 @@ class Sweeper:
         return time.monotonic() - self._connected_since >= lease_s
 
     def _live_workers(self) -> list[WorkerInfo]:
-        """Workers with a fresh row whose process still holds its session."""
+        """
+        Workers with a fresh row whose process holds its session, or beat just now.
+
+        As with leases, a free session alone says nothing: a database that restarts between two passes
+        drops the sessions of all, and they are well.
+        """
         rows = self._ledger.workers_with_sessions(WORKER_FRESH_S)
         alive = self._probe.alive([key for _, key in rows])
-        return [info for info, key in rows if key in alive]
+        beating = {info.name for info in self._ledger.workers(MISSED_BEATS * self._settings.beat_s)}
+        return [info for info, key in rows if key in alive or info.name in beating]
 
     def _servers(self) -> tuple[set[str], set[str]]:
         """

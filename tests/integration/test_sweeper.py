@@ -236,6 +236,22 @@ def test_a_sweeper_that_just_connected_frees_no_binding(
     assert sweeper.sweep().released == 1
 
 
+def test_a_short_restart_of_the_ledger_frees_no_binding(
+    ledger: Ledger, make_sweeper: Callable[..., Sweeper]
+) -> None:
+    """It falls between two passes and takes the session of a worker that is well and beats."""
+    sweeper = make_sweeper(ledger)
+    steady(sweeper)
+    held = hold(ledger, 1)
+    prompt(ledger, held, "gpu1")
+    ledger.hand_back(held.fence, adopt_wait_s=0.0)
+
+    with worker(ledger, "gpu1") as session:
+        session.release()
+        assert sweeper.sweep().released == 0
+        wait_until(lambda: sweeper.sweep().released, 3.0)  # its row is not renewed: it is dead
+
+
 def test_a_server_that_nobody_reaches_holds_no_task(
     ledger: Ledger, make_sweeper: Callable[..., Sweeper], monkeypatch: pytest.MonkeyPatch
 ) -> None:
