@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -19,7 +19,7 @@ from genpulse.ledger.running import Running
 from genpulse.ledger.types import after, now
 from genpulse.model import ErrorInfo, TaskStatus, WorkerInfo
 
-__all__ = ["Dispatch", "Dispatching"]
+__all__ = ["Dispatch", "Dispatching", "Waiting"]
 
 EXPIRED = ErrorInfo(code="expired", message="The task was not started before its expiry time.")
 
@@ -39,12 +39,31 @@ class Dispatch:
     """The server it is bound to; the message goes to that server's own queue."""
 
 
+class Waiting(NamedTuple):
+    """What the outbox holds that may go to the broker now."""
+
+    priorities: dict[str, list[int]]
+    """By queue, the priorities that have unbound tasks."""
+    servers: frozenset[str]
+    """The servers that have bound tasks."""
+
+
 class Dispatching(Running):
     """The statements of the relay and the sweeper about the outbox and the workers."""
 
-    def waiting(self) -> dict[str, list[int]]:
-        """Which priorities of which queues have tasks in the outbox that may go now."""
+    def waiting(self) -> Waiting:
+        """What has tasks in the outbox that may go now. One cheap read, for it is asked all the time."""
         task = t.tasks.c
+        bound = (
+            sa.select(task.bound_server)
+            .where(
+                task.status == TaskStatus.PENDING,
+                task.bound_server.is_not(None),
+                task.dispatched_at.is_(None),
+                task.available_at <= now(),
+            )
+            .distinct()
+        )
         query = (
             sa.select(task.queue, task.priority)
             .where(
@@ -61,14 +80,14 @@ class Dispatching(Running):
             .limit(1)
         )
 
-        def leap(connection: sa.Connection) -> dict[str, list[int]]:
+        def leap(connection: sa.Connection) -> Waiting:
             # From one pair to the next along the index: a GROUP BY would read the whole backlog.
             found: dict[str, list[int]] = {}
             last = {"queue": "", "priority": -1}
             while (row := connection.execute(query, last).first()) is not None:
                 found.setdefault(row.queue, []).append(row.priority)
                 last = {"queue": row.queue, "priority": row.priority}
-            return found
+            return Waiting(found, frozenset(connection.execute(bound).scalars()))
 
         return self._read(leap)
 

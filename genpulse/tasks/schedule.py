@@ -28,12 +28,12 @@ def next_batch(ledger: Ledger, slots: Mapping[str, int], live_servers: Collectio
     Returns:
         The taken tasks, most urgent first. The caller sends them or puts them back.
     """
-    batch = ledger.take_bound(live_servers)
     waiting = ledger.waiting()
-    if not waiting:
+    batch = ledger.take_bound(waiting.servers.intersection(live_servers))
+    if not waiting.priorities:
         return batch
     runway = ledger.runway()
-    for queue, priorities in waiting.items():
+    for queue, priorities in waiting.priorities.items():
         held = dict(runway.get(queue, {}))
         for priority in sorted(priorities):
             free = room(held, priority, max(FLOOR, slots.get(queue, 0)))

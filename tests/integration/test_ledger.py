@@ -778,7 +778,7 @@ def test_a_bound_task_goes_to_its_server_and_counts_on_no_runway(ledger: Ledger)
     prompt(ledger, held, "gpu1")
     ledger.hand_back(held.fence, adopt_wait_s=60)
 
-    assert ledger.waiting() == {}
+    assert ledger.waiting() == ({}, {"gpu1"})
     assert ledger.take("comfy", 3, 10) == []
     assert ledger.take_bound([]) == ledger.take_bound(["gpu2"]) == []
     assert [(each.task_id, each.server) for each in ledger.take_bound(["gpu1"])] == [(task.id, "gpu1")]
@@ -1033,10 +1033,10 @@ def test_what_waits_and_what_is_on_the_runway(ledger: Ledger) -> None:
     delayed = submit(ledger, queue="only-delayed")
     ledger.retry_later(claim(ledger, delayed).fence, OOM, delay_s=60)
 
-    assert ledger.waiting() == {"comfy": [0, 3], "cpu": [6]}
+    assert ledger.waiting().priorities == {"comfy": [0, 3], "cpu": [6]}
     ledger.take("comfy", 0, 1)
     ledger.take("cpu", 6, 5)
-    assert ledger.waiting() == {"comfy": [0, 3]}
+    assert ledger.waiting().priorities == {"comfy": [0, 3]}
     assert ledger.runway() == {"comfy": {0: 1}, "cpu": {6: 1}}
 
 
