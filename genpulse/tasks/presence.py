@@ -1,8 +1,8 @@
 """
 What a worker's main process does besides Celery's own work: it is seen, and it looks after its servers.
 
-Its row in the ledger is its heartbeat. It consumes only while a ComfyUI server of its own is healthy,
-and it stops the prompts on its servers that nobody waits for any more.
+Its row in the ledger is its heartbeat. It consumes queues that need a ComfyUI server only while one of
+its own is healthy, and it stops the prompts on its servers that nobody waits for any more.
 """
 
 from __future__ import annotations
@@ -73,8 +73,10 @@ class WorkerBackground(Background):
         super().stop(wait_s)
 
     def _present(self) -> None:
-        self._pool.probe_all()
-        consuming = self._consume_if_healthy()
+        serves = any(queues.describe(queues.base_queue(name)).on_servers for name in self._queue_names())
+        if serves:
+            self._pool.probe_all()
+        consuming = self._consume_if_healthy() if serves else True
         with self.quiet():
             with contextlib.suppress(LedgerUnavailable):
                 self._session.hold()
@@ -83,7 +85,9 @@ class WorkerBackground(Background):
                 host=socket.gethostname(),
                 pid=os.getpid(),
                 queues=self._queue_names(),
-                servers=[state.as_dict() for state in self._pool.states()],
+                # A worker for other queues serves no server, whatever its settings name: a task that is
+                # bound to one would wait for it in vain.
+                servers=[state.as_dict() for state in self._pool.states()] if serves else [],
                 slots=int(self._consumer.pool.num_processes or 1),
                 consuming=consuming and not is_draining(),
                 session_key=self._session.key,
@@ -99,9 +103,13 @@ class WorkerBackground(Background):
         Stop consuming the queues that need a ComfyUI server while none is healthy, and begin again.
 
         Celery's consumer belongs to the main thread's loop: ``call_soon`` hands the change over.
+
+        Returns:
+            Whether any queue is consumed.
         """
         if not self.settings.servers:
             return True
+        known = set(self._queue_names())
         healthy = bool(self._pool.healthy())
         if healthy and self._paused:
             names, self._paused = self._paused, set()
@@ -118,7 +126,7 @@ class WorkerBackground(Background):
             self._paused = names
             for name in names:
                 self._consumer.call_soon(self._consumer.cancel_task_queue, name)
-        return healthy
+        return bool(known - self._paused)
 
     def _clean(self) -> None:
         """Stop prompts on our servers that nobody waits for any more."""

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
+from genpulse.model import WorkerInfo
+
 __all__ = [
     "COMFY",
     "CPU",
@@ -31,6 +33,7 @@ __all__ = [
     "route",
     "server_queue",
     "slots",
+    "takes",
     "worker_queues",
 ]
 
@@ -132,6 +135,18 @@ def worker_queues(asked: Iterable[str], servers: Iterable[str]) -> tuple[str, ..
         for server in servers
     ]
     return tuple(dict.fromkeys(asked + bound))
+
+
+def takes(worker: WorkerInfo, queue: str) -> bool:
+    """
+    Whether a live worker takes tasks of *queue* just now.
+
+    Not while it drains, nor while the queue needs a ComfyUI server and none of the worker's is healthy.
+    """
+    if not worker.consuming or queue not in worker.queues:
+        return False
+    needs_server = describe(base_queue(queue)).on_servers and bool(worker.servers)
+    return not needs_server or any(server["healthy"] for server in worker.servers)
 
 
 def slots(queues: Sequence[str], servers: Sequence[str], configured: int = 0) -> int:

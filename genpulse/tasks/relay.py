@@ -86,13 +86,12 @@ class Relay:
 
 
 def live_slots(workers: list[WorkerInfo]) -> dict[str, int]:
-    """Slots of consuming workers by queue; server queues count for nothing here."""
+    """Slots by queue, of workers that take its tasks; server queues count for nothing here."""
     found: dict[str, int] = {}
     for worker in workers:
-        if worker.consuming:
-            for queue in worker.queues:
-                if queue == queues.base_queue(queue):
-                    found[queue] = found.get(queue, 0) + worker.slots
+        for queue in worker.queues:
+            if queue == queues.base_queue(queue) and queues.takes(worker, queue):
+                found[queue] = found.get(queue, 0) + worker.slots
     return found
 
 

@@ -7,6 +7,7 @@ is, within 50 ms; nothing waits for it and nothing depends on it.
 
 from __future__ import annotations
 
+import datetime as dt
 import hashlib
 import json
 import re
@@ -20,6 +21,7 @@ from genpulse.errors import LedgerUnavailable, ObjectNotFound
 from genpulse.ledger import IdempotencyConflict
 from genpulse.model import Output, Task, TaskStatus
 from genpulse.storage import InvalidKey, check_key
+from genpulse.tasks import queues
 from genpulse.tasks.submit import accept
 from genpulse.web import access, schemas
 from genpulse.web.bodies import read_upload
@@ -389,15 +391,18 @@ def _wait_reason(task: Task, position: int | None) -> tuple[str, str] | None:
         return None
     if task.bound_server:
         return ("bound", "An earlier attempt's prompt is still on a server; the task goes on there.")
-    if task.attempt and task.available_at and task.available_at > task.updated_at:
-        return "backoff", "The last attempt failed; the next one is due soon."
     serving = [worker for worker in service().ledger.workers() if task.queue in worker.queues]
     if not serving:
         return "no_worker", f"No worker serves the queue {task.queue} just now."
-    if not any(worker.consuming for worker in serving):
-        return ("no_server", f"The workers of the queue {task.queue} have no healthy server just now.")
+    if not any(queues.takes(worker, task.queue) for worker in serving):
+        if any(server["healthy"] for worker in serving for server in worker.servers):
+            return "no_worker", f"The workers of the queue {task.queue} are stopping."
+        return "no_server", f"The workers of the queue {task.queue} have no healthy server just now."
+    if task.available_at and task.available_at > dt.datetime.now(dt.UTC):
+        return "backoff", "The next attempt is due soon."
     if position is not None and position > 1:
-        return "queued", f"{position - 1} tasks go first."
+        first = "1 task goes" if position == 2 else f"{position - 1} tasks go"
+        return "queued", f"{first} first."
     return "next", "The task goes next."
 
 
@@ -449,15 +454,15 @@ def _fleet(problems: list[str]) -> dict[str, Any]:
     here = service()
     workers = here.ledger.workers()
     counts = here.ledger.counts()
-    queues = {}
+    lines = {}
     for name in here.registry.queues():
         serving = [worker for worker in workers if name in worker.queues]
-        live = [worker for worker in serving if worker.consuming]
+        live = [worker for worker in serving if queues.takes(worker, name)]
         if not serving:
             problems.append(f"No worker serves the queue {name}.")
         elif not live:
             problems.append(f"No worker of the queue {name} takes tasks just now.")
-        queues[name] = {
+        lines[name] = {
             "pending": 0,
             "processing": 0,
             **counts.get(name, {}),
@@ -474,7 +479,7 @@ def _fleet(problems: list[str]) -> dict[str, Any]:
         f"The server {name} is not healthy." for name, entry in servers.items() if not entry["healthy"]
     )
     return {
-        "queues": queues,
+        "queues": lines,
         "workers": [
             {
                 "name": worker.name,

@@ -18,6 +18,7 @@ from pytest_celery import CeleryTestSetup
 from genpulse.config import Settings
 from genpulse.model import AttemptOutcome, TaskStatus
 from genpulse.tasks.producer import Producer
+from genpulse.tasks.queues import takes
 from tests.celery_nodes.conftest import Story
 from tests.celery_nodes.nodes import GenPulseWorker, children
 from tests.support import wait_until
@@ -262,6 +263,24 @@ def test_concurrency_and_server_queues_follow_the_servers(
         "comfy@gpu1",
         "comfy@gpu2",
     }
+
+
+@pytest.mark.parametrize(
+    ("asked", "served"), [("cpu", []), ("comfy,cpu", ["gpu1"])], ids=["cpu", "comfy-and-cpu"]
+)
+def test_a_dead_server_stops_no_queue_that_needs_none(
+    start_worker: Callable[..., GenPulseWorker], story: Story, asked: str, served: list[str]
+) -> None:
+    """And a worker for other queues serves no server, whatever its settings name."""
+    worker = start_worker("other", "-Q", asked, "-c", "1", GENPULSE_COMFY_URLS="gpu1=http://127.0.0.1:1")
+
+    found = wait_until(story.ledger.workers, 20)[0]
+
+    assert [server["name"] for server in found.servers] == served
+    assert found.consuming
+    assert takes(found, "cpu")
+    assert not takes(found, "comfy")
+    assert worker.service.log_text().count("not_consuming") == len(served)
 
 
 def test_c_wins_over_the_servers(start_worker: Callable[..., GenPulseWorker], celery_app: Celery) -> None:

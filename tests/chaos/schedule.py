@@ -15,8 +15,10 @@ KINDS = {
     "child frozen": "SIGSTOP of the rendering child past its lease, then SIGCONT",
     "worker frozen": "the same of a worker and all its children",
     "parent frozen": "the same of a worker's main process alone",
-    "deploy": "SIGTERM to one worker after the other, each started again",
+    "deploy": "SIGTERM to one worker after the other (once, twice, to its group), each started again",
     "comfy killed": "kill -9 of a ComfyUI server that renders, started again on its port",
+    "comfy crashed": "a ComfyUI server dies at one step of its next prompt, started again on its port",
+    "comfy frozen": "SIGSTOP of a ComfyUI server that renders, then SIGCONT",
     "api killed": "kill -9 of the API and its processes",
     "valkey killed": "kill -9 of the broker, started again",
     "valkey wiped": "FLUSHALL",
@@ -27,6 +29,7 @@ KINDS = {
     "sockets cut": "a ComfyUI server resets its WebSockets",
     "sockets muted": "a ComfyUI server's WebSockets stay open and say nothing",
     "answer lost": "a ComfyUI server takes a prompt and resets the connection instead of answering",
+    "storage broken": "nothing can be stored",
 }
 """The kinds of fault."""
 
@@ -68,14 +71,14 @@ def plan_faults(seed: int, length_s: float, *, postgresql: bool, lease_s: float)
     # A sweeper reaps only after one lease of unbroken connection: begin where things can recover.
     at_s = lease_s / 2
     deck: list[str] = []
-    pause_s = min(10.0, max(3.0, (length_s - _REST_S) / len(kinds)))
+    pause_s = min(8.0, max(3.0, (length_s - _REST_S) / len(kinds) / 2))
     while at_s < length_s - _REST_S:
         if not deck:
             deck = rng.sample(kinds, len(kinds))
         kind = deck.pop()
         length = lease_s + rng.uniform(1.5, 5) if kind in _LONG else rng.uniform(0.3, 5)
-        if kind == "valkey silent":
-            length += 4
+        if kind in {"valkey silent", "comfy frozen"}:
+            length += rng.uniform(0, 12)
         faults.append(Fault(len(faults), round(at_s, 2), kind, rng.randrange(1000), round(length, 2)))
         at_s += rng.uniform(0.4, 1.6) * pause_s
     return faults

@@ -36,10 +36,12 @@ __all__ = ["Evidence", "Violation", "Watcher", "collect", "history", "rest", "su
 
 STOPPED_WITHIN_S = 8.0
 """How long a prompt may go on after its task became final, while its server could be reached."""
+SILENT_S = 9.0
+"""A ComfyUI server that answers nothing for so long may be given up."""
 _TAKEOVERS = frozenset(
     {
         "child killed", "worker killed", "child told to stop", "child frozen", "worker frozen",
-        "parent frozen", "deploy", "comfy killed",
+        "parent frozen", "deploy", "comfy killed", "comfy crashed",
     }
 )  # fmt: skip
 _OUTAGES = frozenset({"valkey killed", "valkey wiped", "valkey silent", "valkey refused"})
@@ -235,6 +237,10 @@ def _excuse(world: World, seen: Evidence, first: dict[str, Any], second: dict[st
     server, began, again = str(first["server"]), float(first["t"]), float(second["t"])
     if any(began <= at <= again for at in world.deaths[server]):
         return "its server died"
+    if any(
+        end - start >= SILENT_S and start <= again and began <= end for start, end in world.silences[server]
+    ):
+        return "its server was silent for long"
     for event in seen.by_prompt[first["prompt_id"]]:
         if event["event"] == "finished" and event.get("status") == "error":
             return "it ended in an error"

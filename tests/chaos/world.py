@@ -89,6 +89,8 @@ class World:
         """When a worker was away, by name; the end is infinite while it is."""
         self.deaths: dict[str, list[float]] = {}
         """When a ComfyUI server was killed, by name."""
+        self.silences: dict[str, list[tuple[float, float]]] = {}
+        """When a ComfyUI server was frozen, by name."""
         self._locks: dict[str, threading.Lock] = {}
         self._stack = contextlib.ExitStack()
         try:
@@ -114,7 +116,7 @@ class World:
         )
         self.servers = sorted({server for served in SERVED.values() for server in served})
         for name in self.servers:
-            self.deaths[name] = []
+            self.deaths[name], self.silences[name] = [], []
             self.cluster.start_simulator(name)
         for name, served in SERVED.items():
             self.cluster.start_worker(name, served, wait=False)
@@ -159,6 +161,8 @@ class World:
             "parent frozen": self._freeze_worker,
             "deploy": self._deploy,
             "comfy killed": self._kill_server,
+            "comfy crashed": self._crash_server,
+            "comfy frozen": self._freeze_server,
             "api killed": self._kill_api,
             "valkey killed": self._kill_valkey,
             "valkey wiped": self._wipe_valkey,
@@ -169,6 +173,7 @@ class World:
             "sockets cut": self._fault_server,
             "sockets muted": self._fault_server,
             "answer lost": self._fault_server,
+            "storage broken": self._break_storage,
         }
         hands[fault.kind](shot)
         self.shots.append(shot)
@@ -263,9 +268,10 @@ class World:
             with self._alone(name):
                 shot.hits += [run for run in self.running() if run.node == node]
                 with self._away(name):
-                    for _ in range(1 + shot.fault.target % 2):  # some supervisors say it twice
+                    way = shot.fault.target % 3  # supervisors differ
+                    for _ in range(2 if way == 1 else 1):
                         with contextlib.suppress(ProcessLookupError):
-                            os.kill(worker.pid, signal.SIGTERM)
+                            (os.killpg if way == 2 else os.kill)(worker.pid, signal.SIGTERM)
                         time.sleep(0.3)
                     try:
                         worker.wait(_EXIT_S)
@@ -299,6 +305,51 @@ class World:
             self.cluster.simulators[name].kill()
             time.sleep(shot.fault.length_s)
             _start_again(self.cluster.simulators[name])
+            shot.back_at = time.time()
+
+    def _crash_server(self, shot: Shot) -> None:
+        name = shot.target = self.servers[shot.fault.target % len(self.servers)]
+        server = self.cluster.simulators[name]
+        with self._alone(name):
+            step = ("submitted", "started", "node", "finished")[shot.fault.target % 4]
+            self._set_faults(name, exit_at=step)
+            with contextlib.suppress(TimeoutError):
+                server.wait(_FIND_S * 2)
+            shot.fired_at = time.time()
+            if server.alive():
+                self._set_faults(name, exit_at="")
+            if not server.alive():
+                shot.hits = [run for run in self.running() if run.server == name and run.prompt_id]
+                self.deaths[name].append(shot.fired_at)
+                time.sleep(shot.fault.length_s)
+                _start_again(server)
+            shot.back_at = time.time()
+
+    def _freeze_server(self, shot: Shot) -> None:
+        name = shot.target = self.servers[shot.fault.target % len(self.servers)]
+        with self._alone(name):
+            shot.hits = self._find(lambda run: run.server == name)
+            shot.fired_at = time.time()
+            self.cluster.simulators[name].freeze()
+            time.sleep(shot.fault.length_s)
+            self.cluster.simulators[name].thaw()
+            shot.back_at = time.time()
+            self.silences[name].append((shot.fired_at, shot.back_at))
+
+    def _break_storage(self, shot: Shot) -> None:
+        """A file stands where the folder was: no permission is asked, so it fails for root too."""
+        folder = self.cluster.settings.assets_dir
+        away = folder.with_name("assets-away")
+        with self._alone("storage"):
+            if not folder.exists():
+                return
+            shot.hits = self.running()
+            shot.fired_at = time.time()
+            folder.rename(away)
+            folder.touch()
+            time.sleep(shot.fault.length_s)
+            folder.unlink()
+            away.rename(folder)
             shot.back_at = time.time()
 
     def _kill_api(self, shot: Shot) -> None:
@@ -389,7 +440,7 @@ class World:
             if not part.alive():
                 _start_again(part)
         for name in self.servers:
-            self._set_faults(name, mute_sockets=False, lose_answers_next=0)
+            self._set_faults(name, mute_sockets=False, lose_answers_next=0, exit_at="")
         for name in SERVED:
             if not self.cluster.worker(name).alive():
                 self.complaints.append(f"worker {name} ended by itself: see {self.cluster.worker(name).log}")

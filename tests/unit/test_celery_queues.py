@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime as dt
+from typing import Any
+
 import pytest
 from kombu.transport.redis import PRIORITY_STEPS, Channel
 
-from genpulse.model import Priority
+from genpulse.model import Priority, WorkerInfo
 from genpulse.tasks import queues
 
 
@@ -69,3 +72,33 @@ def test_a_server_queue_leads_back_to_its_queue() -> None:
     assert queues.base_queue(queues.server_queue("comfy", "gpu1")) == "comfy"
     with pytest.raises(ValueError, match="cannot be the name"):
         queues.check_name("a@b")
+
+
+def worker(**given: Any) -> WorkerInfo:
+    """A live worker of both queues with one healthy server."""
+    now = dt.datetime.now(dt.UTC)
+    facts: dict[str, Any] = {
+        "name": "w@host", "host": "host", "pid": 1, "queues": ("comfy", "comfy@gpu1", "cpu"), "slots": 2,
+        "servers": ({"name": "gpu1", "healthy": True, "reason": ""},), "consuming": True, "version": "1",
+        "started_at": now, "seen_at": now,
+    }  # fmt: skip
+    return WorkerInfo(**facts | given)
+
+
+SICK = ({"name": "gpu1", "healthy": False, "reason": "refused"},)
+
+
+@pytest.mark.parametrize(
+    ("found", "taken"),
+    [
+        (worker(), {"comfy", "comfy@gpu1", "cpu"}),
+        (worker(servers=SICK), {"cpu"}),
+        (worker(consuming=False), set()),
+        (worker(queues=("cpu",), servers=SICK), {"cpu"}),
+        (worker(queues=("comfy",), servers=()), {"comfy"}),
+    ],
+    ids=["well", "server-sick", "draining", "cpu-only", "no-server-named"],
+)
+def test_a_worker_takes_what_it_can_run(found: WorkerInfo, taken: set[str]) -> None:
+    """A dead ComfyUI stops the queues that need one, and no other."""
+    assert {name for name in ("comfy", "comfy@gpu1", "cpu", "else") if queues.takes(found, name)} == taken

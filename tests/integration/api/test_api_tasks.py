@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from genpulse.errors import LedgerUnavailable
-from genpulse.model import TaskStatus
+from genpulse.model import ErrorInfo, NewTask, TaskStatus
 
 
 def test_202_means_that_the_task_can_be_read(api: Any) -> None:
@@ -311,3 +311,67 @@ def test_the_task_types_come_with_their_schema(lone_api: Any) -> None:
 
     assert (found["task_type"], found["aliases"], found["queue"]) == ("echo", ["repeat"], "cpu")
     assert found["params_schema"]["properties"]["text"]["type"] == "string"
+
+
+def register(api: Any, *, healthy: bool = True, consuming: bool = True) -> None:
+    """A live worker of both queues with one ComfyUI server."""
+    api.service.ledger.register_worker(
+        name="w@host",
+        host="host",
+        pid=1,
+        queues=["comfy", "comfy@gpu1", "cpu"],
+        servers=[{"name": "gpu1", "healthy": healthy, "reason": ""}],
+        slots=2,
+        consuming=consuming,
+        session_key=1,
+        version="1",
+    )
+
+
+def waits(api: Any, task_id: str) -> tuple[str, str]:
+    """Why a task waits: code and text."""
+    reason = api.client.get(f"/task/{task_id}").json["wait_reason"]
+    return reason["code"], reason["text"]
+
+
+def test_a_waiting_task_says_why(api: Any) -> None:
+    """From no worker at all to the next in the line; a sick ComfyUI holds up only what needs one."""
+    short = api.submit()["task_id"]
+    render = api.service.ledger.submit(NewTask("echo", "comfy", {}, owner="default"))[0].id
+    behind = api.service.ledger.submit(NewTask("echo", "comfy", {}, owner="default"))[0].id
+
+    assert waits(api, render) == ("no_worker", "No worker serves the queue comfy just now.")
+    register(api, healthy=False)
+    assert waits(api, render)[0] == "no_server"
+    assert waits(api, short)[0] == "next"
+    register(api, consuming=False)
+    assert waits(api, render) == ("no_worker", "The workers of the queue comfy are stopping.")
+    register(api)
+    assert waits(api, render) == ("next", "The task goes next.")
+    assert waits(api, behind) == ("queued", "1 task goes first.")
+
+
+def test_a_task_waits_for_its_next_attempt_only_until_that_is_due(api: Any) -> None:
+    """Afterwards it waits for what all the others wait for."""
+    register(api)
+    later, due = api.submit()["task_id"], api.submit()["task_id"]
+    for task_id, delay_s in ((later, 60.0), (due, 0.0)):
+        fence = api.claim(task_id).fence
+        api.service.ledger.retry_later(fence, ErrorInfo(code="server_lost", message="m"), delay_s=delay_s)
+
+    assert waits(api, later) == ("backoff", "The next attempt is due soon.")
+    assert waits(api, due)[0] in {"next", "queued"}
+
+
+def test_status_says_which_queue_nobody_takes_from(api: Any) -> None:
+    """A queue whose only ComfyUI is sick has no slots; one that needs none keeps its own."""
+    register(api, healthy=False)
+
+    found = api.client.get("/status").json
+
+    assert found["status"] == "degraded"
+    assert found["queues"]["cpu"]["slots"] == 2
+    assert "The server gpu1 is not healthy." in found["problems"]
+    assert not any("queue cpu" in problem for problem in found["problems"])
+    register(api, consuming=False)
+    assert "No worker of the queue cpu takes tasks just now." in api.client.get("/status").json["problems"]
