@@ -30,7 +30,6 @@ __all__ = [
     "describe",
     "redis_key",
     "redis_keys",
-    "route",
     "server_queue",
     "slots",
     "takes",
@@ -101,13 +100,6 @@ def check_name(name: str) -> str:
 def describe(name: str) -> Queue:
     """The table's row for *name*; a queue that a plug-in brings may use servers."""
     return QUEUES.get(name) or Queue(name, "", on_servers=True)
-
-
-def route(task_type: str) -> str:
-    """The queue of a task type (or of an alias); raises :class:`InvalidRequest` if nobody offers it."""
-    from genpulse.tasks.registry import default_registry
-
-    return default_registry().get(task_type).queue
 
 
 def server_queue(queue: str, server: str) -> str:
