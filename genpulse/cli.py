@@ -567,7 +567,12 @@ def api(url: str | None, api_key: str | None) -> Iterator[Client]:
     except ApiUnreachable as error:
         raise Failure(str(error), Exit.UNREACHABLE) from error
     except ApiRefused as error:
-        lines = [f"{error} ({error.code})", *(f"  {pointer}: {detail}" for pointer, detail in error.errors)]
+        # A single mistake is often the whole sentence already: then only its place is news.
+        places = [
+            f"  {pointer}" if detail == str(error) else f"  {pointer}: {detail}"
+            for pointer, detail in error.errors
+        ]
+        lines = [f"{error} ({error.code})", *places]
         raise Failure("\n".join(lines), Exit.REFUSED) from error
 
 

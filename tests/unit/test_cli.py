@@ -344,6 +344,20 @@ def test_a_refusal_is_exit_code_5_with_what_is_wrong(api: FakeApi, workflow: str
     assert "/params/inputs/x: known: y" in result.stderr
 
 
+def test_a_sentence_is_not_said_twice(api: FakeApi, workflow: str) -> None:
+    """Where the one mistake is all there is to say, its place is enough."""
+    problem = {
+        "code": "unknown_input", "detail": "there is no x",
+        "errors": [{"pointer": "/params/inputs/x", "detail": "there is no x"}],
+    }  # fmt: skip
+    api.refuse_with = (422, problem)
+
+    result = run("submit", workflow, "--url", api.url)
+
+    assert result.stderr.count("there is no x") == 1
+    assert "  /params/inputs/x\n" in result.stderr
+
+
 def test_a_lost_answer_is_asked_for_under_the_same_key(api: FakeApi, workflow: str) -> None:
     """A second try cannot make a second task."""
     api.drop_answers = 1
