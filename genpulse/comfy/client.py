@@ -641,6 +641,7 @@ class ComfyClient:
 
 _TOO_LARGE = "the file is larger than the ComfyUI server takes"
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_NODE_ID = re.compile(r"Node ID '#(.{1,200})'")
 
 
 @contextlib.contextmanager
@@ -772,6 +773,9 @@ def _rejection(answer: object) -> WorkflowRejected:
     if rejected.node_id is None and isinstance(extra.get("node_id"), str):
         rejected.node_id = extra["node_id"]
         rejected.class_type = extra.get("class_type") if isinstance(extra.get("class_type"), str) else None
+    elif rejected.node_id is None and (named := _NODE_ID.fullmatch(details)):
+        # 0.3.64 names an unknown node's id in words only.
+        rejected.node_id = named[1]
     return rejected
 
 

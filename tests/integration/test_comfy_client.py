@@ -142,8 +142,9 @@ class TestPrompts:
 
     def test_an_unknown_node_is_rejected(self, either: tuple[Simulator, ComfyClient]) -> None:
         """Also where the server gives no report by node."""
-        with pytest.raises(WorkflowRejected, match="NoSuchNode"):
+        with pytest.raises(WorkflowRejected, match="NoSuchNode") as caught:
             submit(either[1], image(more={"3": {"class_type": "NoSuchNode", "inputs": {}}}))
+        assert caught.value.node_id == "3"
 
     def test_a_partly_valid_workflow_is_told(self, client: ComfyClient) -> None:
         """The server answers 200 and leaves the invalid outputs out; the caller decides."""
