@@ -122,7 +122,10 @@ def validation_problem(error: ValidationError, *, place: str = "") -> Problem:
     found = [
         (
             f"{place}:{'.'.join(map(str, problem['loc']))}" if place else pointer(problem["loc"]),
-            problem["msg"].removeprefix("Value error, "),
+            # Pydantic would name our class.
+            "must be a JSON object"
+            if problem["type"] == "model_type"
+            else problem["msg"].removeprefix("Value error, "),
         )
         for problem in error.errors(include_url=False, include_input=False, include_context=False)
     ]

@@ -181,6 +181,15 @@ def test_a_wrong_field_is_422_and_named(lone_api: Any, change: dict[str, Any], w
     assert where in [error["pointer"] for error in answer.json["errors"]], answer.text
 
 
+@pytest.mark.parametrize("body", [[], "text", 5, None, True])
+def test_a_body_that_is_no_object_is_422(lone_api: Any, body: Any) -> None:
+    """In the caller's words: none of our own names is in the sentence."""
+    answer = lone_api.client.post("/task", data=json.dumps(body), content_type="application/json")
+
+    refused(lone_api, answer, 422, "invalid_request")
+    assert answer.json["detail"] == "body: must be a JSON object"
+
+
 def test_a_caller_cannot_choose_the_server(lone_api: Any) -> None:
     """No task type is even asked: in the original system this word led the workers to any host."""
     answer = lone_api.client.post("/task", json=TASK | {"params": {"server_address": "10.0.0.1:8188"}})
