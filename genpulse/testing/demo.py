@@ -129,6 +129,8 @@ def run_demo(settings: Settings, options: StackOptions, console: Console, *, onc
             if not once:
                 stack.start_rest()
             _tell(stack, picture, console)
+            if once:
+                say("All of it is stopped now, and kept for the next run; without --once it stays up.")
         if not once and done:
             say("Everything stays up until Ctrl-C.")
             signaled.wait()

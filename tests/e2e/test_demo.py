@@ -44,6 +44,7 @@ def test_demo_ends_with_a_picture_and_keeps_earlier_tasks(tmp_path: Path) -> Non
             assert len(picture.getcolors(WIDTH * HEIGHT) or ()) > 16
         assert "SIMULATED" in demo.said()
         assert "/docs" in demo.said()
+        assert "All of it is stopped now" in demo.said()
         assert statuses(demo.data_dir) == ["completed"]
 
     with StackProcess(tmp_path, command="demo") as demo:
