@@ -96,7 +96,9 @@ def live_slots(workers: list[WorkerInfo]) -> dict[str, int]:
 
 
 def _message(dispatch: Dispatch) -> Message:
-    queue = (
-        dispatch.queue if dispatch.server is None else queues.server_queue(dispatch.queue, dispatch.server)
-    )
-    return Message(dispatch.task_id, task_name(dispatch.task_type), queue, dispatch.priority)
+    name = task_name(dispatch.task_type)
+    if dispatch.server is None:
+        return Message(dispatch.task_id, name, dispatch.queue, dispatch.priority)
+    # It has had its turn: its prompt is on that server already, and only somebody to follow it is missing.
+    queue = queues.server_queue(dispatch.queue, dispatch.server)
+    return Message(dispatch.task_id, name, queue, queues.PRIORITY_STEPS[0])
