@@ -59,6 +59,8 @@ class Signals:
     late_since: float | None = None
     drain_at: float | None = None
     """Monotonic time at which a draining worker hands this attempt back."""
+    renewed_at: float = field(default_factory=time.monotonic)
+    """Monotonic time of the last beat that found the lease ours; goes on while a process is frozen."""
     stopped: threading.Event = field(default_factory=threading.Event)
     """Set together with any of the above, for whoever sleeps."""
 
@@ -190,6 +192,7 @@ class Heartbeat:
                 if not ended:
                     signals.lost = True
             else:
+                signals.renewed_at = time.monotonic()
                 signals.canceled = signals.canceled or beat.cancel
                 if beat.late and signals.late_since is None:
                     signals.late_since = time.monotonic()

@@ -218,6 +218,7 @@ class _Render:
             prompt_id = str(uuid.uuid4())
             self.prompt_id = prompt_id
             self._record(client_id)
+            context.confirm()
             try:
                 accepted = self.client.deliver(prepared, prompt_id=prompt_id, client_id=client_id)
             except ComfyUnavailable as error:

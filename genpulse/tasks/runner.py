@@ -120,6 +120,19 @@ class AttemptContext:
         """Raise the :class:`~genpulse.errors.StopAttempt` this attempt must end with, if any."""
         self.signals.check()
 
+    def confirm(self) -> None:
+        """
+        Make sure that the lease is still ours, right before something that cannot be taken back.
+
+        Costs nothing while the heartbeat is fresh. A process that was frozen past its lease asks the
+        ledger before it posts a prompt that nobody would follow.
+        """
+        self.check()
+        if time.monotonic() - self.signals.renewed_at > self.settings.lease_s / 2 and not self.insist(
+            lambda: self.ledger.still_held(self.claim.fence)
+        ):
+            raise LeaseLost
+
     def sleep(self, seconds: float) -> None:
         """Wait, but not past anything that :meth:`check` would raise."""
         end = time.monotonic() + seconds
