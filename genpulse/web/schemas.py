@@ -428,13 +428,18 @@ def task_view(
         outputs=outputs,
         attempts=attempts,
         timings=Timings(
-            queue_s=round((task.started_at - task.created_at).total_seconds(), 3)
-            if task.started_at
-            else None,
-            run_s=task.run_s,
-            store_s=task.store_s,
+            queue_s=_seconds(
+                (task.started_at - task.created_at).total_seconds() if task.started_at else None
+            ),
+            run_s=_seconds(task.run_s),
+            store_s=_seconds(task.store_s),
         ),
     )
+
+
+def _seconds(value: float | None) -> float | None:
+    """To the millisecond: what lies below is noise."""
+    return None if value is None else round(value, 3)
 
 
 def _output(output: Output, task_id: str, link: Link) -> OutputView:
