@@ -79,6 +79,7 @@ def _run(world: World, seed: int, length_s: float, tasks: int) -> bool:
     violations = verify.verify(world, clients, watcher, seen)
     say("\n" + verify.table(world, clients, seen) + "\n")
     say(verify.summary(world, clients, seen))
+    (world.cluster.directory / "histories.txt").write_text(verify.histories(world, seen))
     for violation in violations:
         say(f"VIOLATION: {violation.text}")
         if violation.task_id is not None:

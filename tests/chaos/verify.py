@@ -32,7 +32,18 @@ from tests.chaos.load import Clients
 from tests.chaos.schedule import KINDS
 from tests.chaos.world import SERVED, Shot, World
 
-__all__ = ["Evidence", "Violation", "Watcher", "collect", "history", "rest", "summary", "table", "verify"]
+__all__ = [
+    "Evidence",
+    "Violation",
+    "Watcher",
+    "collect",
+    "histories",
+    "history",
+    "rest",
+    "summary",
+    "table",
+    "verify",
+]
 
 STOPPED_WITHIN_S = 8.0
 """How long a prompt may go on after its task became final, while its server could be reached."""
@@ -142,8 +153,15 @@ def verify(world: World, clients: Clients, watcher: Watcher, seen: Evidence) -> 
         *_outputs(world, clients, seen),
         *_renderings(world, seen),
         *_stopped(world, seen),
+        *(Violation(f"the kind of fault {kind!r} was fired and hit nothing") for kind in _missed(world)),
         *(Violation(f"at rest there is still {text}") for text in _left_over(world)),
     ]
+
+
+def _missed(world: World) -> set[str]:
+    """Kinds of fault that proved nothing."""
+    hit = {shot.fault.kind for shot in world.shots if shot.hits}
+    return {shot.fault.kind for shot in world.shots} - hit
 
 
 def _accepted(clients: Clients, seen: Evidence) -> Iterator[Violation]:
@@ -186,6 +204,8 @@ def _outputs(world: World, clients: Clients, seen: Evidence) -> Iterator[Violati
         if len(task.outputs) != 1:
             yield Violation(f"completed with {len(task.outputs)} outputs", task_id)
         for output in task.outputs:
+            if not output.key.startswith(f"outputs/{task_id}/{task.attempt}/"):
+                yield Violation(f"output {output.key} is of another attempt than {task.attempt}", task_id)
             answer = requests.get(f"{world.cluster.url}/task/{task_id}/outputs/{output.index}", timeout=10)
             data = answer.content
             if answer.status_code != requests.codes.ok:
@@ -350,6 +370,17 @@ def history(seen: Evidence, task_id: str) -> str:
                     (float(event["t"]), f"  {event['server']}: {event['event']} {prompt_id[:8]} {extra}")
                 )
     return "\n".join([f"task {task_id}", *(f"  {_clock(at)} {text}" for at, text in sorted(lines))])
+
+
+def histories(world: World, seen: Evidence) -> str:
+    """Every fault, and every task with more than one attempt."""
+    lines = [
+        f"{_clock(shot.fired_at)} to {_clock(shot.back_at or shot.fired_at)} #{shot.fault.number} "
+        f"{shot.fault.kind} {shot.target}: {', '.join(f'{run.task_id}/{run.attempt}' for run in shot.hits)}"
+        for shot in sorted(world.shots, key=lambda shot: shot.fired_at)
+    ]
+    lines += [history(seen, task.id) for task in seen.tasks.values() if len(task.attempts) > 1]
+    return "\n".join(lines)
 
 
 def _attempt_lines(attempt: Attempt) -> Iterator[tuple[float, str]]:

@@ -343,7 +343,7 @@ class World:
         with self._alone("storage"):
             if not folder.exists():
                 return
-            shot.hits = self.running()
+            shot.hits = self._find(lambda run: True)
             shot.fired_at = time.time()
             folder.rename(away)
             folder.touch()
@@ -354,7 +354,7 @@ class World:
 
     def _kill_api(self, shot: Shot) -> None:
         with self._alone("api"):
-            shot.hits = self.running()
+            shot.hits = self._find(lambda run: True)
             shot.fired_at = time.time()
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.cluster.api.pid, signal.SIGKILL)
@@ -364,7 +364,7 @@ class World:
 
     def _kill_valkey(self, shot: Shot) -> None:
         with self._alone("valkey"):
-            shot.hits = self.running()
+            shot.hits = self._find(lambda run: True)
             shot.fired_at = time.time()
             self.valkey.kill()
             time.sleep(shot.fault.length_s)
@@ -373,14 +373,14 @@ class World:
 
     def _wipe_valkey(self, shot: Shot) -> None:
         with self._alone("valkey"):
-            shot.hits = self.running()
+            shot.hits = self._find(lambda run: True)
             with redis.Redis.from_url(self.valkey.url, socket_timeout=5) as client:
                 client.flushall()
             shot.fired_at = shot.back_at = time.time()
 
     def _break_network(self, shot: Shot) -> None:
         with self._alone("valkey"):
-            shot.hits = self.running()
+            shot.hits = self._find(lambda run: True)
             shot.fired_at = time.time()
             self.proxy.set_mode("blackhole" if shot.fault.kind == "valkey silent" else "refuse")
             time.sleep(shot.fault.length_s)
@@ -390,7 +390,7 @@ class World:
     def _kill_postgres(self, shot: Shot) -> None:
         assert self.postgres is not None
         with self._alone("postgres"):
-            shot.hits = self.running()
+            shot.hits = self._find(lambda run: True)
             shot.fired_at = time.time()
             self.postgres.kill()
             time.sleep(shot.fault.length_s)
@@ -400,7 +400,7 @@ class World:
     def _crash_postgres(self, shot: Shot) -> None:
         assert self.postgres is not None
         with self._alone("postgres"):
-            shot.hits = self.running()
+            shot.hits = self._find(lambda run: True)
             children = sorted(psutil.Process(self.postgres.pid).children(), key=lambda child: child.pid)
             shot.fired_at = time.time()
             if children:
