@@ -71,14 +71,14 @@ class _Lines:
 
 
 def describe(task: Mapping[str, Any]) -> str:
-    """The state of a task in a few words: ``processing KSampler``, ``pending, 3rd in line``."""
+    """The state of a task in a few words: ``processing KSampler``, ``pending, number 3 in line``."""
     status = str(task["status"])
     if status == "pending":
         reason = task.get("wait_reason") or {}
         if isinstance(reason, Mapping) and reason.get("text"):
             return f"pending: {reason['text']}"
         position = task.get("queue_position")
-        return f"pending, {position} ahead" if position else "pending"
+        return f"pending, number {position} in line" if position else "pending"
     if status == "processing":
         detail = task.get("progress_detail") or {}
         return " ".join(filter(None, ("processing", str(detail.get("class_type") or ""))))
@@ -90,7 +90,8 @@ def error_line(task: Mapping[str, Any]) -> str:
     error = task.get("error") or {}
     code = str(error.get("code") or task["status"])
     node = error.get("node_id")
-    where = f" (node {node}, {error.get('class_type') or '?'})" if node else ""
+    known = f"node {node}, {kind}" if (kind := error.get("class_type")) else f"node {node}"
+    where = f" ({known})" if node else ""
     message = " ".join(str(error.get("message") or "").split())
     return f"{code}{where}" + (f": {message}" if message else "")
 

@@ -23,6 +23,7 @@ from werkzeug.serving import BaseWSGIServer, make_server
 
 from genpulse import cli as commands
 from genpulse.cli import Exit, cli
+from genpulse.terminal import describe, error_line
 from genpulse.testing.services import free_port
 
 GRAPH = {"1": {"class_type": "EmptyImage", "inputs": {}}}
@@ -538,3 +539,30 @@ def test_the_upload_form_is_exact() -> None:
     ).get_environ()
     with Request(environ) as read:
         assert read.files["file"].read() == b"x" * 70_000
+
+
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        ({"status": "pending", "wait_reason": {"code": "next", "text": "Next."}}, "pending: Next."),
+        ({"status": "pending", "queue_position": 3}, "pending, number 3 in line"),
+        ({"status": "processing", "progress_detail": {"class_type": "KSampler"}}, "processing KSampler"),
+        ({"status": "completed"}, "completed"),
+    ],
+)
+def test_a_state_is_told_in_a_few_words(task: dict[str, Any], line: str) -> None:
+    """The API's own reason comes first; the place in line is the second best."""
+    assert describe(task) == line
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        ({"code": "timeout", "message": "too\n late"}, "timeout: too late"),
+        ({"code": "node_error", "node_id": "3", "class_type": "KSampler"}, "node_error (node 3, KSampler)"),
+        ({"code": "invalid_workflow", "node_id": "3", "class_type": None}, "invalid_workflow (node 3)"),
+    ],
+)
+def test_an_error_is_one_line(error: dict[str, Any], line: str) -> None:
+    """With the node where it is known, and nothing in place of what is not."""
+    assert error_line({"status": "failed", "error": error}) == line
