@@ -455,6 +455,8 @@ def submit(
     """
     Send WORKFLOW (a file in ComfyUI's API format, or - for standard input) to the API.
 
+    With another --type the file is that task type's params as JSON, and -i sets some of them.
+
     \b
     -i prompt='a red fox'   a node titled INPUT_prompt; or 6.text=… for field `text` of node 6
     -i seed=7               numbers, true, false and null keep their type
@@ -468,7 +470,11 @@ def submit(
     console = stderr_console()
     with api(url, api_key) as client:
         bound = {name: bind(value, client) for name, value in map(parse_input, inputs)}
-        params = {"workflow": graph, **({"inputs": bound} if bound else {})}
+        params = (
+            {"workflow": graph, **({"inputs": bound} if bound else {})}
+            if task_type in WORKFLOW_TYPES
+            else graph | bound
+        )
         extra = {"priority": priority, "timeout_s": render_timeout}
         body = {"task_type": task_type, "params": params} | {k: v for k, v in extra.items() if v is not None}
         accepted = client.submit(body, idempotency_key=idempotency_key)
@@ -585,6 +591,9 @@ def default_url(found: Settings) -> str:
     if "port" not in found.model_fields_set and (url := running_url(found.data_dir)):
         return url
     return local_url(found.host, found.port)
+
+
+WORKFLOW_TYPES = ("comfyui", "comfy-workflow")
 
 
 def read_workflow(file: Any) -> dict[str, Any]:

@@ -24,6 +24,7 @@ __all__ = ["Server", "ServerPool", "ServerState"]
 
 COOL_OFF_S = 2.0
 MAX_COOL_OFF_S = 60.0
+AWAY_S = 0.5
 PROBE_TIMEOUT_S = 5.0
 """Garbage collection stalls a busy server for 0.2 s and loading a model for seconds: 1 s is too short."""
 
@@ -122,6 +123,11 @@ class ServerPool:
             entry = self._entries[name]
             entry.failures += 1
             self._rest(entry, reason, min(MAX_COOL_OFF_S, COOL_OFF_S * 2 ** min(entry.failures - 1, 10)))
+
+    def mark_away(self, name: str, reason: str) -> None:
+        """A server did not answer an attempt: ask it again before it counts, but soon, for it may be back."""
+        with self._lock:
+            self._rest(self._entries[name], reason, AWAY_S)
 
     def mark_good(self, name: str) -> None:
         """A server did its work: forget earlier failures."""

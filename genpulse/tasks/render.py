@@ -51,6 +51,8 @@ QUICK_S = 10.0
 GONE_AFTER_S = 10.0
 """A server that is silent for so long is taken to have forgotten an earlier prompt."""
 STOP_WITHIN_S = 2.0
+SERVER_PATIENCE_S = 5.0
+"""How long an attempt waits for a server of its worker to come back before it is handed back."""
 _VIEW_TRIES_S = (0.2, 0.5, 1.0, 2.0)
 
 
@@ -118,7 +120,7 @@ class _Render:
                     "earlier_prompt_unreachable", server=earlier.server, refused=error.refused
                 )
                 if error.refused or time.monotonic() > give_up_at:
-                    self.context.pool.mark_bad(str(earlier.server), "not reachable")
+                    self.context.pool.mark_away(str(earlier.server), "not reachable")
                     return None
                 self.context.sleep(0.5)
 
@@ -145,7 +147,7 @@ class _Render:
             except _ElsewhereError:
                 continue
             except ComfyUnavailable as error:
-                self.context.pool.mark_bad(self.server, "not reachable")
+                self.context.pool.mark_away(self.server, "not reachable")
                 # Nothing was sent and nobody listens: the next server, at no cost.
                 if not (error.refused and self.prompt_id == ""):
                     raise
@@ -154,12 +156,17 @@ class _Render:
         context = self.context
         self.prompt_id = ""
         context.check()
-        healthy = context.pool.healthy()
-        if len(healthy) < len(context.pool.servers):
-            healthy = context.pool.probe_all()
-        if not healthy:
-            msg = "no ComfyUI server of this worker is healthy"
-            raise NoServer(msg)
+        give_up_at = time.monotonic() + SERVER_PATIENCE_S
+        while True:
+            healthy = context.pool.healthy()
+            if len(healthy) < len(context.pool.servers):
+                healthy = context.pool.probe_all()
+            if healthy:
+                break
+            if time.monotonic() > give_up_at:
+                msg = "no ComfyUI server of this worker is healthy"
+                raise NoServer(msg)
+            context.sleep(0.5)  # a restart takes seconds; going back through the queue takes longer
         names = [server.name for server in healthy]
         chosen = context.insist(lambda: context.ledger.assign_server(context.claim.fence, None, names))
         if chosen is None:
@@ -276,7 +283,7 @@ class _Render:
         except PromptLost:
             raise
         except ComfyUnavailable as error:
-            context.pool.mark_bad(self.server, "not reachable")
+            context.pool.mark_away(self.server, "not reachable")
             context.leaves_prompt = not error.refused
             raise
         self._judge(finished.entry)

@@ -89,6 +89,34 @@ def test_drain_hands_over_without_stopping_the_prompt(cluster: Cluster) -> None:
     assert drained_s < 15
 
 
+def test_child_told_to_stop_hands_back(cluster: Cluster) -> None:
+    """SIGTERM to the child that renders: no loss is counted, the prompt runs on, and the child ends."""
+    task_id = cluster.submit(sleeping(12))
+    cluster.wait_for_rendering(task_id)
+
+    child = cluster.child_running(task_id)
+    os.kill(child, signal.SIGTERM)
+
+    done = cluster.wait(task_id, 60)
+    assert [attempt["outcome"] for attempt in done["attempts"]] == ["handed_back", "completed"]
+    assert len(cluster.renderings(task_id)) == 1
+    wait_until(lambda: child not in cluster.children("one"), 10)
+
+
+def test_group_told_to_stop_hands_back(cluster: Cluster) -> None:
+    """The same when a supervisor signals every process of the worker, as systemd does by default."""
+    task_id = cluster.submit(sleeping(16))
+    cluster.wait_for_rendering(task_id)
+
+    os.killpg(cluster.worker("one").pid, signal.SIGTERM)
+    wait_until(lambda: not cluster.worker("one").alive(), 30)
+    cluster.start_worker("two", ["gpu1"])
+
+    done = cluster.wait(task_id, 60)
+    assert [attempt["outcome"] for attempt in done["attempts"]] == ["handed_back", "completed"]
+    assert len(cluster.renderings(task_id)) == 1
+
+
 def test_cancel_reaches_the_server(cluster: Cluster) -> None:
     """A cancel of a running task stops its prompt within a second, and no other."""
     other = cluster.submit(simple(1))
