@@ -75,6 +75,8 @@ CLAIM_PATIENCE_S = 60.0
 """How long a message waits for the ledger. Afterwards the sweeper will send another one."""
 NO_SERVER_DELAY_S = 2.0
 PROGRESS_EVERY_S = 0.25
+_LAST_WORDS_S = 0.5
+"""Between the end of the last attempt of a child that was told to stop, and its own."""
 _STORE_TRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
@@ -576,6 +578,10 @@ _BY_SUFFIX = {
 }
 
 
+_REGISTERED = {"audio/x-flac": "audio/flac", "audio/x-wav": "audio/wav", "audio/m4a": "audio/mp4"}
+"""Types by the names that IANA registered meanwhile."""
+
+
 def kind_of(content_type: str, name: str) -> OutputKind:
     """What an output is for a person."""
     known = _BY_SUFFIX.get(PurePosixPath(name).suffix.lower())
@@ -588,7 +594,8 @@ def _guess(name: str, head: bytes) -> str:
     if known:
         return known[0]
     found = filetype.guess(head)
-    return str(found.mime) if found is not None else "application/octet-stream"
+    mime = str(found.mime) if found is not None else "application/octet-stream"
+    return _REGISTERED.get(mime, mime)
 
 
 def _picture_size(head: bytes) -> tuple[int | None, int | None]:
@@ -609,7 +616,7 @@ _runner: Runner | None = None
 
 def start_child(node: str) -> None:
     """
-    Set up this worker child: connections, heartbeat, what SIGTERM means.
+    Set up this worker child: connections and heartbeat.
 
     Called after the fork, never before. The prefork pool's children die with their parent.
 
@@ -630,8 +637,6 @@ def start_child(node: str) -> None:
         heartbeat=heartbeat,
         worker=f"{node}:{os.getpid()}",
     )
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _on_sigterm)
 
 
 def stop_child() -> None:
@@ -647,17 +652,37 @@ def run_message(task_id: str) -> dict[str, Any] | None:
     assert _runner is not None
     if is_draining():
         return None
-    return _runner.run(task_id)
+    # Here and not in start_child: the pool sets handlers of its own after that, and theirs raise
+    # SystemExit at any line.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _on_sigterm)
+    try:
+        return _runner.run(task_id)
+    finally:
+        if _told_to_end:
+            _end_soon()
+
+
+_told_to_end = False
 
 
 def _on_sigterm(number: int, _frame: object) -> None:
     """
-    A child hit by SIGTERM itself hands its attempt back as a draining worker does.
+    A child hit by SIGTERM itself hands its attempt back as a draining worker does, and ends then.
 
     An idle one dies as it would have.
     """
+    global _told_to_end  # noqa: PLW0603  # one per child process
     if _runner is not None and _runner.heartbeat.is_busy:
+        _told_to_end = True
         _runner.heartbeat.drain()
     else:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+
+
+def _end_soon() -> None:
+    """Whoever sent SIGTERM waits for our end; the result of the attempt goes out before it."""
+    end = threading.Timer(_LAST_WORDS_S, os.kill, (os.getpid(), signal.SIGTERM))
+    end.daemon = True
+    end.start()
