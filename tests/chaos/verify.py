@@ -233,16 +233,10 @@ def _color_of(picture: bytes) -> int:
 
 def _renderings(world: World, seen: Evidence) -> Iterator[Violation]:
     """Every rendering after a task's first has an allowed reason; nothing is rendered for nobody."""
-    starts: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for event in seen.events:
-        if event["event"] != "started":
-            continue
-        task_id = seen.owner.get(event["prompt_id"])
-        if task_id is None:
+        if event["event"] == "started" and event["prompt_id"] not in seen.owner:
             yield Violation(f"prompt {event['prompt_id']} was rendered on {event['server']} for no attempt")
-        else:
-            starts[task_id].append(event)
-    for task_id, events in starts.items():
+    for task_id, events in _starts(seen).items():
         for first, second in itertools.pairwise(events):
             if _excuse(world, seen, first, second) is None:
                 yield Violation(
@@ -252,9 +246,23 @@ def _renderings(world: World, seen: Evidence) -> Iterator[Violation]:
                 )
 
 
+def _starts(seen: Evidence) -> dict[str, list[dict[str, Any]]]:
+    """
+    The renderings of each task, each with ``sent``, when its prompt was first submitted; in that order.
+
+    A prompt that waited on a frozen server may start after its successor on another one.
+    """
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for event in seen.events:
+        if event["event"] == "started" and event["prompt_id"] in seen.owner:
+            sent = float(seen.by_prompt[event["prompt_id"]][0]["t"])
+            found[seen.owner[event["prompt_id"]]].append({**event, "sent": sent})
+    return {task_id: sorted(events, key=lambda event: event["sent"]) for task_id, events in found.items()}
+
+
 def _excuse(world: World, seen: Evidence, first: dict[str, Any], second: dict[str, Any]) -> str | None:
     """Why what *first* started had to be rendered again as *second*; ``None``: it had not."""
-    server, began, again = str(first["server"]), float(first["t"]), float(second["t"])
+    server, began, again = str(first["server"]), first["sent"], second["sent"]
     if any(began <= at <= again for at in world.deaths[server]):
         return "its server died"
     if any(
@@ -420,13 +428,9 @@ def summary(world: World, clients: Clients, seen: Evidence) -> str:
         each.outcome for task in seen.tasks.values() for each in task.attempts if each.outcome is not None
     ]
     again: dict[str, int] = defaultdict(int)
-    last: dict[str, dict[str, Any]] = {}
-    for event in seen.events:
-        task_id = seen.owner.get(event.get("prompt_id", ""), "")
-        if event["event"] == "started" and task_id:
-            if task_id in last:
-                again[_excuse(world, seen, last[task_id], event) or "no allowed reason"] += 1
-            last[task_id] = event
+    for events in _starts(seen).values():
+        for first, second in itertools.pairwise(events):
+            again[_excuse(world, seen, first, second) or "no allowed reason"] += 1
     return "\n".join(
         [
             f"accepted {len(clients.accepted)}, given up {len(clients.given_up)}, canceled by us {len(clients.canceled_at)}",
