@@ -74,6 +74,8 @@ T = TypeVar("T")
 CLAIM_PATIENCE_S = 60.0
 """How long a message waits for the ledger. Afterwards the sweeper will send another one."""
 NO_SERVER_DELAY_S = 2.0
+NO_SERVER_PAUSE_S = 1.0
+"""How long a child that found no server takes no other task."""
 PROGRESS_EVERY_S = 0.25
 _LAST_WORDS_S = 0.5
 """Between the end of the last attempt of a child that was told to stop, and its own."""
@@ -329,6 +331,7 @@ class Runner:
         self.registry = registry
         self.heartbeat = heartbeat
         self.worker = worker
+        self._found_no_server = False
 
     def run(self, task_id: str) -> dict[str, Any] | None:
         """
@@ -359,7 +362,21 @@ class Runner:
         finally:
             self.heartbeat.forget(claim.fence)
         self.live.wake("task")
+        if self._found_no_server:
+            self._rest()
         return {"task_id": task_id, "attempt": claim.fence.attempt, "status": status}
+
+    def _rest(self) -> None:
+        """
+        Take nothing for a moment.
+
+        Taking and handing back takes milliseconds: this child would go through the whole runway, away
+        from workers that have a server, until its main process sees what it saw and stops consuming.
+        """
+        self._found_no_server = False
+        ends = time.monotonic() + NO_SERVER_PAUSE_S
+        while time.monotonic() < ends and not is_draining():
+            time.sleep(0.1)
 
     def _claim(self, task_id: str) -> Claim | None:
         token = secrets.token_hex(16)
@@ -396,6 +413,7 @@ class Runner:
             return self._stopped(context, stop)
         except NoServer as error:
             context.log.info("task_handed_back", reason=str(error))
+            self._found_no_server = True
             return self._write(
                 context,
                 lambda: self.ledger.hand_back(
