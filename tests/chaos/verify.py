@@ -363,7 +363,7 @@ def history(seen: Evidence, task_id: str) -> str:
     task = seen.tasks.get(task_id)
     if task is None:
         return f"{task_id}: not in the ledger"
-    lines: list[tuple[float, str]] = [(task.created_at.timestamp(), "created")]
+    lines: list[tuple[float, str]] = [(task.created_at.timestamp(), f"created, priority {task.priority}")]
     if task.cancel_requested_at is not None:
         lines.append((task.cancel_requested_at.timestamp(), "cancel asked for"))
     if task.completed_at is not None:
