@@ -45,7 +45,7 @@ class Fault:
     at_s: float
     kind: str
     target: int
-    """Which of several, to be taken modulo their number."""
+    """Which of several, to be taken modulo their number; an idle one gives way to one that works."""
     length_s: float
     """How long it lasts, or what is killed stays away."""
 

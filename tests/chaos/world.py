@@ -36,8 +36,10 @@ ENV = {
     "GENPULSE_MAX_ATTEMPTS": "50",
     "GENPULSE_DRAIN_S": "3",
 }
-_FIND_S = 8.0
+_FIND_S = 12.0
 """How long a fault waits for a running attempt that it can hit."""
+_PREFER_S = 2.0
+"""How long it waits for one at the place that the seed says, before it takes another."""
 _EXIT_S = 30.0
 
 
@@ -195,8 +197,26 @@ class World:
                 return found
             time.sleep(0.1)
 
+    def _busy(self, shot: Shot, names: Sequence[str], owner: Callable[[Run], str]) -> str:
+        """The one of *names* that the seed says, or the next one that has something to lose."""
+        first = shot.fault.target % len(names)
+        turned = [*names[first:], *names[:first]]
+        began = time.monotonic()
+        while (waited_s := time.monotonic() - began) < _FIND_S:
+            busy = {owner(run) for run in self.running() if run.prompt_id is not None}
+            for name in turned if waited_s > _PREFER_S else turned[:1]:
+                if name in busy:
+                    return name
+            time.sleep(0.1)
+        return turned[0]
+
     def _worker(self, shot: Shot) -> str:
-        shot.target = sorted(SERVED)[shot.fault.target % len(SERVED)]
+        names = {self._node(name): name for name in SERVED}
+        shot.target = self._busy(shot, list(SERVED), lambda run: names[run.node])
+        return shot.target
+
+    def _server(self, shot: Shot) -> str:
+        shot.target = self._busy(shot, self.servers, lambda run: run.server or "")
         return shot.target
 
     def _node(self, name: str) -> str:
@@ -297,7 +317,7 @@ class World:
         self.complaints.append(f"worker {name} was started and never registered")
 
     def _kill_server(self, shot: Shot) -> None:
-        name = shot.target = self.servers[shot.fault.target % len(self.servers)]
+        name = self._server(shot)
         with self._alone(name):
             shot.hits = self._find(lambda run: run.server == name)
             shot.fired_at = time.time()
@@ -308,13 +328,13 @@ class World:
             shot.back_at = time.time()
 
     def _crash_server(self, shot: Shot) -> None:
-        name = shot.target = self.servers[shot.fault.target % len(self.servers)]
+        name = self._server(shot)
         server = self.cluster.simulators[name]
         with self._alone(name):
             step = ("submitted", "started", "node", "finished")[shot.fault.target % 4]
             self._set_faults(name, exit_at=step)
             with contextlib.suppress(TimeoutError):
-                server.wait(_FIND_S * 2)
+                server.wait(_FIND_S)
             shot.fired_at = time.time()
             if server.alive():
                 self._set_faults(name, exit_at="")
@@ -326,7 +346,7 @@ class World:
             shot.back_at = time.time()
 
     def _freeze_server(self, shot: Shot) -> None:
-        name = shot.target = self.servers[shot.fault.target % len(self.servers)]
+        name = self._server(shot)
         with self._alone(name):
             shot.hits = self._find(lambda run: run.server == name)
             shot.fired_at = time.time()
@@ -414,7 +434,7 @@ class World:
             shot.back_at = time.time()
 
     def _fault_server(self, shot: Shot) -> None:
-        name = shot.target = self.servers[shot.fault.target % len(self.servers)]
+        name = self._server(shot)
         with self._alone(name):
             shot.hits = self._find(lambda run: run.server == name)
             shot.fired_at = time.time()
