@@ -129,7 +129,7 @@ def test_migrating_again_keeps_the_tasks(empty_url: str) -> None:
 def test_a_ledger_that_was_not_migrated_says_so(empty_url: str) -> None:
     """``ping`` and every verb are our own error, so that a start can name the cure."""
     with open_ledger(empty_url) as ledger:
-        with pytest.raises(LedgerUnavailable, match="tasks"):
+        with pytest.raises(LedgerUnavailable, match="genpulse migrate"):
             ledger.ping()
         with pytest.raises(LedgerUnavailable):
             submit(ledger)
