@@ -377,7 +377,10 @@ def demo(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    """Run the tests on real services; arguments go on to pytest."""
+    """Run the tests on real services; arguments go on to pytest. Without any: all of them, in parallel."""
+    if not arguments:
+        # Those that start many processes follow one another in one of them (tests/conftest.py groups them).
+        arguments = ["-n", "2", "--dist", "loadgroup"]
     ensure("dev")
     fetch_chromium()
     if os.environ.get("CI", "").lower() == "true":
@@ -452,7 +455,8 @@ def lock(_: list[str]) -> int:
     environ = installer_environment()
     common: list[str | Path] = [
         VENV / "bin" / "uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes", "--python-version",
-        "3.11", "--no-header", "--no-annotate", "pyproject.toml", "--extra", "embedded", "--group", "build",
+        "3.11", "--no-header", "--no-annotate", "pyproject.toml",
+        "--extra", "embedded", "--extra", "otel", "--group", "build",
     ]  # fmt: skip
     more: list[str | Path] = ["--group", "test", "--group", "lint", "-c", LOCKS["runtime"].name]
     nothing: list[str | Path] = []

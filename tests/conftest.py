@@ -28,6 +28,17 @@ if TYPE_CHECKING:
 pytest.register_assert_rewrite("tests.support")
 
 
+_HEAVY = ("e2e", "celery_nodes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep tests that start whole deployments from running beside one another: they measure seconds."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).parts[0] in _HEAVY:
+            item.add_marker(pytest.mark.xdist_group("deployments"))
+
+
 @pytest.fixture(scope="session")
 def services_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where this session's services keep their data and logs."""
