@@ -1,5 +1,5 @@
 """
-The shapes of API.md, as pydantic models: what a caller may send, and the one task there is to read.
+The shapes of API.md, as pydantic models: what a caller may send and get (a task: ``tasks.views``).
 
 The published OpenAPI document is made from these models, and answers are dumped from them, so the
 two cannot differ. Requests are strict: an unknown field is a typing mistake, and ``"900"`` is no number.
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import datetime as dt
 import re
-from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
@@ -20,10 +19,17 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
-    ValidationError,
 )
 
-from genpulse.model import Output, OutputKind, Priority, Task, TaskStatus
+from genpulse.model import TaskStatus
+from genpulse.tasks.views import (
+    TaskSummary,
+    TaskView,
+    Urls,
+    task_summary,
+    task_view,
+    urls,
+)
 
 __all__ = [
     "Accepted",
@@ -40,8 +46,10 @@ __all__ = [
     "TaskSummary",
     "TaskTypes",
     "TaskView",
+    "Urls",
     "task_summary",
     "task_view",
+    "urls",
 ]
 
 
@@ -184,13 +192,6 @@ class ProblemView(BaseModel):
     errors: list[ProblemError] | None = None
 
 
-class Urls(_Answer):
-    """Where to go from here."""
-
-    self: str
-    cancel: str
-
-
 class Accepted(_Answer):
     """A task that is durably recorded."""
 
@@ -201,110 +202,6 @@ class Accepted(_Answer):
     queue: str
     queue_position: int | None
     urls: Urls
-
-
-class ErrorView(_Answer):
-    """Why a task failed."""
-
-    code: str
-    message: str
-    retryable: bool
-    node_id: str | None = None
-    class_type: str | None = None
-
-
-class OutputView(_Answer):
-    """One stored file."""
-
-    index: int
-    node_id: str
-    name: str
-    kind: OutputKind
-    content_type: str
-    size_bytes: int
-    sha256: str
-    width: int | None
-    height: int | None
-    url: str
-
-
-class AttemptView(_Answer):
-    """One try."""
-
-    number: int
-    worker: str
-    server: str | None
-    started_at: dt.datetime
-    ended_at: dt.datetime | None
-    outcome: str | None
-    error_code: str | None
-
-
-class ProgressDetail(_Answer):
-    """What runs just now, as far as the server tells."""
-
-    node_id: str | None = None
-    class_type: str | None = None
-    step: int | None = None
-    steps: int | None = None
-    nodes_done: int | None = None
-    nodes_total: int | None = None
-
-
-class Result(_Answer):
-    """The short form, for callers of the original."""
-
-    prompt_id: str | None
-    images: list[str]
-    image_url: str | None
-
-
-class Timings(_Answer):
-    """Seconds, as far as they are known."""
-
-    queue_s: float | None
-    run_s: float | None
-    store_s: float | None
-
-
-class WaitReason(_Answer):
-    """Why a task waits."""
-
-    code: str
-    text: str
-
-
-class TaskSummary(_Answer):
-    """A task in a list."""
-
-    task_id: str
-    task_type: str
-    status: TaskStatus
-    priority: Priority
-    queue: str
-    error: ErrorView | None
-    attempt: int
-    max_attempts: int
-    created_at: dt.datetime
-    started_at: dt.datetime | None
-    completed_at: dt.datetime | None
-    updated_at: dt.datetime
-    expires_at: dt.datetime | None
-    metadata: dict[str, str]
-    urls: Urls
-
-
-class TaskView(TaskSummary):
-    """A task, whole; every task has every field."""
-
-    queue_position: int | None
-    wait_reason: WaitReason | None
-    progress: float = Field(ge=0, le=100)
-    progress_detail: ProgressDetail | None
-    result: Result | None
-    outputs: list[OutputView]
-    attempts: list[AttemptView]
-    timings: Timings
 
 
 class TaskList(_Answer):
@@ -357,125 +254,3 @@ class StatusView(BaseModel):
     version: str
     accepting: bool
     problems: list[str]
-
-
-Link = Callable[..., str]
-"""``link("read_output", task_id=…, index=…)`` is that view's address for this caller."""
-
-
-def task_summary(task: Task, link: Link) -> dict[str, Any]:
-    """The fields that lists and the whole task share."""
-    return {
-        "task_id": task.id,
-        "task_type": task.task_type,
-        "status": task.status,
-        "priority": task.priority,
-        "queue": task.queue,
-        "error": task.error.as_dict() if task.error else None,
-        "attempt": task.attempt,
-        "max_attempts": task.max_attempts,
-        "created_at": task.created_at,
-        "started_at": task.started_at,
-        "completed_at": task.completed_at,
-        "updated_at": task.updated_at,
-        "expires_at": task.expires_at,
-        "metadata": dict(task.metadata),
-        "urls": urls(task.id, link),
-    }
-
-
-def urls(task_id: str, link: Link) -> dict[str, str]:
-    """Where a task is read and canceled."""
-    return {"self": link("read_task", task_id=task_id), "cancel": link("cancel_task", task_id=task_id)}
-
-
-def task_view(
-    task: Task,
-    link: Link,
-    *,
-    live: Mapping[str, Any] | None = None,
-    position: int | None = None,
-    reason: tuple[str, str] | None = None,
-) -> TaskView:
-    """
-    The one shape of a task.
-
-    Args:
-        live: The newest progress, ``{"attempt", "percent", "detail"}``, if there is one. It informs, so
-            whatever in it does not fit is left out.
-    """
-    percent, detail = _progress(task, live)
-    outputs = [_output(output, task.id, link) for output in task.outputs]
-    attempts = [
-        AttemptView(
-            number=attempt.number,
-            worker=attempt.worker,
-            server=attempt.server,
-            started_at=attempt.started_at,
-            ended_at=attempt.ended_at,
-            outcome=attempt.outcome,
-            error_code=attempt.error.code if attempt.error else None,
-        )
-        for attempt in task.attempts
-    ]
-    return TaskView(
-        **task_summary(task, link),
-        queue_position=position,
-        wait_reason=WaitReason(code=reason[0], text=reason[1]) if reason else None,
-        progress=percent,
-        progress_detail=detail,
-        result=_result(task, outputs),
-        outputs=outputs,
-        attempts=attempts,
-        timings=Timings(
-            queue_s=_seconds(
-                (task.started_at - task.created_at).total_seconds() if task.started_at else None
-            ),
-            run_s=_seconds(task.run_s),
-            store_s=_seconds(task.store_s),
-        ),
-    )
-
-
-def _seconds(value: float | None) -> float | None:
-    """To the millisecond: what lies below is noise."""
-    return None if value is None else round(value, 3)
-
-
-def _output(output: Output, task_id: str, link: Link) -> OutputView:
-    return OutputView(
-        index=output.index,
-        node_id=output.node_id,
-        name=output.name,
-        kind=output.kind,
-        content_type=output.content_type,
-        size_bytes=output.size_bytes,
-        sha256=output.sha256,
-        width=output.width,
-        height=output.height,
-        url=link("read_output", task_id=task_id, index=output.index),
-    )
-
-
-def _result(task: Task, outputs: list[OutputView]) -> Result | None:
-    if task.status is not TaskStatus.COMPLETED:
-        return None
-    images = [output.url for output in outputs if output.kind is OutputKind.IMAGE]
-    prompt_id = task.attempts[-1].prompt_id if task.attempts else None
-    return Result(prompt_id=prompt_id, images=images, image_url=images[0] if images else None)
-
-
-def _progress(task: Task, live: Mapping[str, Any] | None) -> tuple[float, ProgressDetail | None]:
-    if task.status is TaskStatus.COMPLETED:
-        return 100.0, None
-    if task.status is TaskStatus.PENDING or not live or live.get("attempt", task.attempt) != task.attempt:
-        return 0.0, None
-    percent = live.get("percent")
-    known = min(100.0, max(0.0, float(percent))) if isinstance(percent, int | float) else 0.0
-    found = live.get("detail")
-    if task.status.is_final or not isinstance(found, Mapping):
-        return known, None
-    try:
-        return known, ProgressDetail(**{name: found.get(name) for name in ProgressDetail.model_fields})
-    except ValidationError:
-        return known, None
