@@ -18,8 +18,13 @@ from pathlib import Path
 
 import pytest
 
+from genpulse.config import Settings
 from genpulse.ledger import fork_lock
+from genpulse.tasks.background import Background
 from tests.support.ledger import claim, open_ledger, submit
+
+# Python 3.12 and newer warn of what these tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 PROGRAM = Path(__file__).parents[1] / "support" / "fork_load.py"
 
@@ -77,3 +82,28 @@ def test_a_fork_waits_for_the_work_under_the_lock_and_the_child_has_a_fresh_one(
     thread.join()
     with fork_lock:
         pass
+
+
+def test_relay_and_sweeper_of_a_process_that_forks_work_under_the_lock(
+    sqlite_ledger_url: str, valkey_url: str
+) -> None:
+    """A worker's main process forks whenever a child ends, and its threads are never in a library then."""
+    settings = Settings.build(database_url=sqlite_ledger_url, redis_url=valkey_url)
+    background = Background(settings, forks=True)
+    inside, done = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with background.quiet():
+            inside.set()
+            time.sleep(0.3)
+            done.set()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait(5)
+    pid = os.fork()
+    if not pid:
+        os._exit(0 if done.is_set() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    thread.join()
+    background.stop()

@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -460,6 +461,19 @@ def test_finish_writes_outputs_state_and_history_together(ledger: Ledger) -> Non
     assert done.completed_at is not None
     assert task.created_at <= attempt.started_at <= attempt.ended_at
     assert rows(ledger, t.leases) == []
+
+
+def test_a_finish_that_breaks_in_the_middle_writes_nothing(ledger: Ledger) -> None:
+    """No task is completed without its outputs, whatever stops the transaction between the two."""
+    held = claim(ledger, submit(ledger))
+    refused = replace(output(), key=None)  # type: ignore[arg-type]  # by the table
+    before = everything(ledger)
+
+    with pytest.raises(sa.exc.IntegrityError):
+        ledger.finish(held.fence, COMPLETED, outputs=[output(), refused])
+
+    assert everything(ledger) == before
+    assert ledger.finish(held.fence, COMPLETED, outputs=[output()]) is COMPLETED
 
 
 @pytest.mark.parametrize("status", [COMPLETED, FAILED, CANCELED])

@@ -238,6 +238,28 @@ def test_while_the_broker_is_a_black_hole_requests_are_quick(
         assert max(taken) < 2.5
 
 
+def test_a_task_that_is_being_sent_can_be_canceled_at_once(
+    ledger: Ledger, valkey_url: str, fault_proxy: Callable[[str], FaultProxy]
+) -> None:
+    """Not even its own row is held while the broker hangs."""
+    proxy = fault_proxy(valkey_url)
+    proxy.set_mode("blackhole")
+    task = submit(ledger)
+    relay = make_relay(ledger, proxy.url_of(valkey_url), timeout_s=3.0)
+    thread = threading.Thread(target=relay.pulse)
+    thread.start()
+    wait_until(lambda: proxy.accepted, 5.0)
+
+    canceled = ledger.cancel(task.id)
+    waits_for_the_broker = thread.is_alive()
+    proxy.set_mode("pass")
+    thread.join(20)
+
+    assert canceled is not None
+    assert canceled.status is TaskStatus.CANCELED
+    assert waits_for_the_broker, "the cancel had to wait for the relay"
+
+
 def test_a_relay_that_dies_after_taking_loses_nothing(ledger: Ledger, valkey_url: str) -> None:
     """Its rows look sent; the sweeper compares and finds them."""
     task = submit(ledger)
