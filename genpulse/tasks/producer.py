@@ -25,6 +25,7 @@ from kombu import Queue as KombuQueue
 from genpulse.config import Settings
 from genpulse.errors import GenPulseError
 from genpulse.tasks import queues
+from genpulse.tasks.registry import task_name
 
 __all__ = ["BrokerUnavailable", "Epoch", "Message", "Producer", "RunwayView", "broker_url", "result_backend"]
 
@@ -32,7 +33,9 @@ EPOCH_KEY = "genpulse:epoch"
 
 DELIVERY_GRACE_S = 5.0
 """How long a delivered message counts as on its way to a claim. A worker that died before its claim
-leaves its message in ``unacked`` for good, and that must not look like a waiting message."""
+leaves its message in ``unacked``, and that must not look like a waiting message."""
+STALE_DELIVERY_S = 30.0
+"""A delivery that is noted for so long and not acknowledged will never be."""
 
 
 class BrokerUnavailable(GenPulseError):
@@ -214,6 +217,31 @@ class RunwayView:
             raise BrokerUnavailable(f"the runway cannot be read: {type(error).__name__}") from error
         return ids
 
+    def forget_stale_deliveries(self, older_than_s: float = STALE_DELIVERY_S) -> int:
+        """
+        Drop our messages that are noted as delivered and were never acknowledged: their worker died,
+        or the acknowledgement was lost on the way. kombu would keep them until its visibility timeout.
+
+        We acknowledge within milliseconds, so an old note is nobody's; a worker that acknowledges
+        after all finds nothing, and the task was sent again long ago. Another application's messages
+        in the same Redis stay. Returns how many; raises :class:`BrokerUnavailable`.
+        """
+        try:
+            old = self._client.zrangebyscore("unacked_index", "-inf", time.time() - older_than_s)
+            tags = cast("list[Any]", old)
+            if not tags:
+                return 0
+            entries = cast("list[Any]", self._client.hmget("unacked", tags))
+            ours = [tag for tag, entry in zip(tags, entries, strict=True) if entry is None or _is_ours(entry)]
+            if ours:
+                pipe = self._client.pipeline(transaction=True)
+                pipe.zrem("unacked_index", *ours)
+                pipe.hdel("unacked", *ours)
+                pipe.execute()
+        except (redis.RedisError, OSError) as error:
+            raise BrokerUnavailable(f"the runway cannot be read: {type(error).__name__}") from error
+        return len(ours)
+
     def counts(self, names: Iterable[str]) -> dict[str, int]:
         """Waiting messages by queue; raises :class:`BrokerUnavailable`."""
         wanted = list(dict.fromkeys(names))
@@ -264,6 +292,14 @@ def _task_id(message: bytes | str) -> str | None:
         return str(json.loads(message)["headers"]["id"])
     except (ValueError, TypeError, LookupError):
         return None
+
+
+def _is_ours(entry: bytes | str) -> bool:
+    """Whether an ``unacked`` entry is a message for one of our task functions."""
+    try:
+        return str(json.loads(entry)[0]["headers"]["task"]).startswith(task_name(""))
+    except (ValueError, TypeError, LookupError):
+        return False
 
 
 def _delivered_id(entry: bytes | str) -> str | None:

@@ -34,6 +34,7 @@ OVERDUE_S = 5.0
 WORKER_FRESH_S = 15.0
 GONE_AFTER_S = 10.0
 _RARELY_S = 60.0
+_COLLECT_S = 10.0
 
 
 @dataclass(slots=True)
@@ -62,6 +63,7 @@ class Sweeper:
         self._missing: dict[str, Dispatch] = {}
         self._down_since: dict[str, float] = {}
         self._rarely_at = time.monotonic()
+        self._collected_at = time.monotonic()
 
     def sweep(self) -> Swept:
         """
@@ -157,6 +159,7 @@ class Sweeper:
         """
         try:
             epoch = self._view.epoch()
+            self._collect()
             changed = self._epoch is not None and epoch != self._epoch
             if changed:
                 log.warning("broker_restarted_or_wiped")
@@ -176,6 +179,14 @@ class Sweeper:
             log.warning("messages_lost_by_broker", sent_again=put_back)
         self._relay.resume()
         return put_back
+
+    def _collect(self) -> None:
+        """Drop what dead workers, and lost acknowledgements, left behind as delivered."""
+        if time.monotonic() - self._collected_at < _COLLECT_S:
+            return
+        self._collected_at = time.monotonic()
+        if dropped := self._view.forget_stale_deliveries():
+            log.info("stale_deliveries_dropped", number=dropped)
 
     def _rarely(self) -> None:
         if time.monotonic() - self._rarely_at < _RARELY_S:

@@ -853,7 +853,7 @@ def _package_folder(name: str) -> Path | None:
 
 # A network with faults
 
-Mode = Literal["pass", "refuse", "blackhole", "reset", "delay"]
+Mode = Literal["pass", "refuse", "blackhole", "reset", "delay", "lose"]
 
 
 class FaultProxy:
@@ -871,6 +871,8 @@ class FaultProxy:
         Connections are accepted and cut at once.
     ``delay``
         Every chunk waits for ``delay_s``.
+    ``lose``
+        What the caller says arrives; instead of an answer its connection is cut.
 
     Args:
         target: ``host:port``, or a URL whose host and port count.
@@ -983,19 +985,23 @@ class FaultProxy:
             _reset(target)
             _reset(caller)
             return
-        back = threading.Thread(target=self._pump, args=(target, caller), name="fault-proxy", daemon=True)
+        back = threading.Thread(
+            target=self._pump, args=(target, caller, True), name="fault-proxy", daemon=True
+        )
         back.start()
-        self._pump(caller, target)
+        self._pump(caller, target, False)
         back.join()
         with self._changed:
             self._open -= {caller, target}
         caller.close()
         target.close()
 
-    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+    def _pump(self, source: socket.socket, sink: socket.socket, is_answer: bool) -> None:
         try:
             while data := source.recv(65536):
                 self._pause()
+                if self._mode == "lose" and is_answer:
+                    raise ConnectionResetError
                 sink.sendall(data)
             self._pause()
             if sink in self._open:  # else this end of file is our own reset of the other side

@@ -172,6 +172,27 @@ def test_a_message_just_delivered_still_counts(producer: Producer, client: Any) 
     assert RunwayView(client).waiting_ids(["comfy"]) == {fresh}
 
 
+def test_a_delivery_that_nobody_acknowledged_is_dropped(producer: Producer, client: Any) -> None:
+    """Ours, once it is old; a fresh one and another application's stay."""
+    fresh, old = new_ids(2)
+    producer.publish([(fresh, "genpulse.comfyui", "comfy", 3), (old, "genpulse.comfyui", "comfy", 3)])
+    tags = []
+    for age_s in (0, 60):  # what kombu's QoS.append writes
+        message = json.loads(client.rpop(redis_key("comfy", 3)))
+        tags.append(message["properties"]["delivery_tag"])
+        client.zadd("unacked_index", {tags[-1]: time.time() - age_s})
+        client.hset("unacked", tags[-1], json.dumps([message, "", "comfy"]))
+    theirs = {"headers": {"id": old, "task": "shop.send_invoice"}}
+    client.zadd("unacked_index", {"theirs": 1.0, "nothing": 1.0, "garbage": 1.0})
+    client.hset("unacked", mapping={"theirs": json.dumps([theirs, "", "mail"]), "garbage": "3"})
+
+    assert RunwayView(client).forget_stale_deliveries() == 2
+
+    left = {tags[0], "theirs", "garbage"}
+    assert {tag.decode() for tag in client.zrange("unacked_index", 0, -1)} == left
+    assert {tag.decode() for tag in client.hkeys("unacked")} == left
+
+
 def test_garbage_on_the_runway_is_no_task(client: Any) -> None:
     """Whatever lies in the lists, reading them works."""
     client.lpush("comfy", b"\xff", "garbage", "[]", "{}", '{"headers": 3}', "null")
@@ -202,7 +223,7 @@ def test_the_epoch_key_is_listed_as_permanent(client: Any) -> None:
     assert {key.decode() for key in client.scan_iter() if client.ttl(key) == -1} <= set(PERMANENT_KEYS)
 
 
-@pytest.mark.parametrize("ask", ["waiting_ids", "counts", "epoch", "run_id"])
+@pytest.mark.parametrize("ask", ["waiting_ids", "counts", "epoch", "run_id", "forget_stale_deliveries"])
 def test_a_silent_redis_is_one_kind_of_error(
     ask: str, valkey_url: str, fault_proxy: Callable[[str], FaultProxy]
 ) -> None:

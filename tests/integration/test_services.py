@@ -333,6 +333,12 @@ def test_a_proxy_refuses_and_resets(echo: int, fault_proxy: Callable[[str], Faul
     with pytest.raises(ConnectionError), socket.create_connection(address, timeout=5) as connection:
         connection.recv(9)
 
+    proxy.set_mode("lose")
+    with socket.create_connection(address, timeout=5) as connection:
+        connection.sendall(b"heard, and never answered")
+        with pytest.raises(ConnectionError):
+            connection.recv(9)
+
     proxy.set_mode("pass")
     with socket.create_connection(address, timeout=5) as connection:
         connection.sendall(b"two")

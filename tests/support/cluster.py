@@ -152,19 +152,34 @@ class Cluster:
         concurrency: int | None = None,
         env: Mapping[str, str] | None = None,
         wait: bool = True,
+        urls: Mapping[str, str] | None = None,
     ) -> Service:
-        """Start ``celery -A genpulse worker`` serving the named simulators."""
+        """
+        Start ``celery -A genpulse worker`` serving the named simulators.
+
+        Args:
+            urls: Where this worker finds a server, by name, if not at its own address (a proxy's, say).
+        """
         name = f"w{self._numbered}-{name}"  # a node's name is never used twice: its row would look alive
         self._numbered += 1
-        urls = ",".join(f"{each}={self.simulators[each].url}" for each in servers)
+        found = {each: self.simulators[each].url for each in servers} | dict(urls or {})
         args = ["-m", "celery", "-A", "genpulse", "worker", "-Q", queues, "-n", f"{name}@test", "-l", "INFO"]
         if concurrency is not None:
             args += ["-c", str(concurrency)]
-        worker = self._start(name, args, {"GENPULSE_COMFY_URLS": urls, **(env or {})}, grace_s=20.0)
+        worker = self._start(
+            name,
+            args,
+            {"GENPULSE_COMFY_URLS": ",".join(map("=".join, found.items())), **(env or {})},
+            grace_s=20.0,
+        )
         self.workers[name] = worker
         if wait:
             self.wait_for_worker(name)
         return worker
+
+    def start_sweeper(self) -> Service:
+        """Start ``genpulse start-sweeper`` beside the sweepers that the API and each worker run."""
+        return self._start("sweeper", ["-m", "genpulse", "start-sweeper"], {})
 
     def wait_for_worker(self, name: str, timeout_s: float = 60.0) -> None:
         """Wait until the worker is in the ledger and consumes."""

@@ -90,6 +90,18 @@ def test_the_control_route_sets_and_tells(simulator: Simulator) -> None:
     assert requests.post(url, data="[1]", timeout=10).status_code == 400
 
 
+def test_the_log_tells_who_follows(simulator: Simulator) -> None:
+    """Opening a socket and reading a finished prompt's history are entries of their own."""
+    listener = listen(simulator, "follower")
+    prompt_id = submit(simulator, client_id="follower")
+    wait_until(lambda: history(simulator, prompt_id))
+    listener.close()
+
+    seen = [(e["event"], e.get("prompt_id"), e.get("client_id")) for e in simulator.log]
+    assert seen.count(("listening", None, "follower")) == 1
+    assert seen.count(("read", prompt_id, None)) == 1
+
+
 def test_history_can_come_late(simulator: Simulator) -> None:
     """``history_gap_ms``: the entry is missing at ``execution_success`` and there at ``executing null``."""
     simulator.faults(history_gap_ms=150.0)
@@ -311,7 +323,8 @@ def test_the_log_tells_what_was_rendered(simulator: Simulator, tmp_path: Path) -
     story: dict[str, list[str]] = {}
     for entry in map(json.loads, lines[1:]):
         assert entry["server"] == "gpu1"
-        story.setdefault(entry["prompt_id"], []).append(entry["event"])
+        if entry["event"] != "read":  # our own looks at the history
+            story.setdefault(entry["prompt_id"], []).append(entry["event"])
     assert story == {
         done: ["submitted", "started", "finished"],
         cut: ["submitted", "started", "interrupted"],

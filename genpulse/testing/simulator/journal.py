@@ -7,7 +7,8 @@ path each entry is one line of JSON, flushed before the server goes on. Entries 
     {"t": 1795304257.9, "event": "started", "prompt_id": "...", "client_id": "...", "server": "gpu1"}
 
 Events: ``boot``, ``submitted``, ``started``, ``finished`` (with ``status`` success or error, and the
-``files`` really written), ``interrupted``, ``deleted``, ``lost`` (a fault forgot it), ``worker_died``, ``exit``.
+``files`` really written), ``interrupted``, ``deleted``, ``lost`` (a fault forgot it), ``worker_died``, ``exit``; and
+who follows a prompt: ``listening`` (a socket of that client id was opened), ``read`` (its history entry was given out).
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class Journal:
         """Write one entry; when this returns, a reader of the file sees the whole line."""
         entry: dict[str, Any] = {"t": time.time(), "event": event}
         if prompt_id is not None:
-            entry |= {"prompt_id": prompt_id, "client_id": client_id}
+            entry["prompt_id"] = prompt_id
+        if prompt_id is not None or client_id is not None:
+            entry["client_id"] = client_id
         entry |= more
         if self._server:
             entry["server"] = self._server

@@ -170,7 +170,7 @@ class Server:
             client_max_size=self.upload_limit_bytes, middlewares=[self._fault_middleware, _origin_middleware]
         )
         routes: list[tuple[str, str, Handler]] = [
-            ("GET", "/ws", self.hub.handle),
+            ("GET", "/ws", self._open_socket),
             ("GET", "/prompt", self._get_prompt),
             ("POST", "/prompt", self._post_prompt),
             ("GET", "/queue", self._get_queue),
@@ -252,6 +252,11 @@ class Server:
         self._on_exit(code)
 
     # -- prompts ---------------------------------------------------------------------------------
+
+    async def _open_socket(self, request: web.Request) -> web.StreamResponse:
+        if client_id := request.rel_url.query.get("clientId"):
+            self.journal.add("listening", client_id=client_id)
+        return await self.hub.handle(request)
 
     async def _get_prompt(self, _request: web.Request) -> web.Response:
         return web.json_response(self._queue_info())
@@ -348,7 +353,11 @@ class Server:
         return web.json_response(self.queue.history(max_items=max_items, offset=offset))
 
     async def _get_history_of(self, request: web.Request) -> web.Response:
-        return web.json_response(self.queue.history(request.match_info["prompt_id"]))
+        prompt_id = request.match_info["prompt_id"]
+        found = self.queue.history(prompt_id)
+        if found:
+            self.journal.add("read", prompt_id)
+        return web.json_response(found)
 
     async def _post_history(self, request: web.Request) -> web.Response:
         body = await request.json()
