@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-__all__ = ["ComfyServer", "Settings", "SettingsError", "is_loopback"]
+__all__ = ["ComfyServer", "Settings", "SettingsError", "is_loopback", "is_rate"]
 
 PREFIX = "GENPULSE_"
 
@@ -89,6 +89,33 @@ class Settings(BaseSettings):
     api_threads: int = Field(32, ge=2, le=1024, description="Threads of each API process.")
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Largest JSON body of a request.")
     max_upload_bytes: int = Field(2 * 2**30, ge=1024, description="Largest uploaded file.")
+    proxies: int = Field(
+        0,
+        ge=0,
+        le=10,
+        description="Reverse proxies in front of the API; so many entries of `X-Forwarded-For` are believed.",
+    )
+
+    # Limits
+    submit_rate: str = Field(
+        "100/second",
+        description="Submissions and uploads of one owner, like `10/second` or `600/minute`. `0`: no limit. Without API keys there is none.",
+    )
+    max_queued: int = Field(10_000, ge=0, description="Tasks of one owner that may wait. 0: any number.")
+    max_queued_total: int = Field(100_000, ge=0, description="Tasks of all that may wait. 0: any number.")
+    max_running: int = Field(
+        0, ge=0, description="Tasks of one owner that may run at once; more wait. 0: any number."
+    )
+    min_free_bytes: int = Field(
+        256 * 2**20,
+        ge=0,
+        description="Nothing more is taken in while the data folder's disk has less free. Only for what is kept there.",
+    )
+    wrong_keys: int = Field(
+        10,
+        ge=1,
+        description="Wrong API keys of one address in a minute; after that it is refused until the minute is over.",
+    )
 
     # Tasks
     timeout_s: int = Field(900, ge=1, le=86_400, description="Rendering time of a task that names none.")
@@ -239,6 +266,14 @@ class Settings(BaseSettings):
             raise ValueError(msg)
         return SecretStr(url)
 
+    @field_validator("submit_rate")
+    @classmethod
+    def _rate_parses(cls, value: str) -> str:
+        if not is_rate(value):
+            msg = "must look like 10/second, 600/minute or 1000/hour, or be 0"
+            raise ValueError(msg)
+        return value
+
     @field_validator("redis_url")
     @classmethod
     def _redis_scheme(cls, value: SecretStr) -> SecretStr:
@@ -321,6 +356,11 @@ _NOT_SETTINGS = (f"{PREFIX}TEST_", f"{PREFIX}REQUIRE_", f"{PREFIX}DEV_")
 def is_loopback(host: str) -> bool:
     """Whether *host* reaches this machine only."""
     return host in {"localhost", "::1"} or host.startswith("127.")
+
+
+def is_rate(text: str) -> bool:
+    """Whether *text* is a number of submissions for a time, or 0 for no limit."""
+    return text == "0" or re.fullmatch(r"[1-9]\d{0,8}/(second|minute|hour)", text, re.ASCII) is not None
 
 
 def parse_servers(text: str) -> tuple[ComfyServer, ...]:

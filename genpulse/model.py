@@ -16,6 +16,8 @@ from typing import Any
 from genpulse.errors import GenPulseError, Retryable
 
 __all__ = [
+    "SCOPES",
+    "ApiKey",
     "Asset",
     "Attempt",
     "AttemptOutcome",
@@ -271,6 +273,39 @@ class Asset:
     size_bytes: int
     sha256: str
     created_at: dt.datetime
+
+
+SCOPES = ("submit", "read", "admin")
+"""What a key may do: change tasks and files, look at them, and see how the whole service is doing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApiKey:
+    """Who may call, on whose behalf. The secret itself is nowhere: only its digest is kept."""
+
+    id: str
+    name: str
+    owner: str
+    """Whose tasks and files it works on; several keys may have one owner."""
+    digest: str = field(repr=False)
+    scopes: tuple[str, ...]
+    created_at: dt.datetime
+    rate: str | None = None
+    """Submissions, like ``10/second``; ``0`` is no limit, ``None`` what the settings say."""
+    max_queued: int | None = None
+    max_running: int | None = None
+    """The same for the owner's tasks that wait, and that run."""
+    expires_at: dt.datetime | None = None
+    revoked_at: dt.datetime | None = None
+    last_used_at: dt.datetime | None = None
+    """To the minute, and possibly late: it is written behind the answers."""
+    is_expired: bool = False
+    """By the database's clock, when it was read."""
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it opens anything now."""
+        return self.revoked_at is None and not self.is_expired
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,13 +3,15 @@ The ledger: the tables that hold the truth about tasks, and every SQL statement.
 
 PostgreSQL for many machines, SQLite for one. A task is accepted when its row is committed, and
 final when one fenced ``UPDATE`` says so; everything in Redis can be rebuilt from here. The
-statements stand in chapters: :mod:`~genpulse.ledger.requests` (the API's), then
+statements stand in chapters: :mod:`~genpulse.ledger.keys` (who may call, and how much), then
+:mod:`~genpulse.ledger.requests` (the API's), then
 :mod:`~genpulse.ledger.running` (the worker's), then :mod:`~genpulse.ledger.dispatching` (the
 relay's and the sweeper's).
 """
 
 from genpulse.ledger.base import fork_lock
 from genpulse.ledger.dispatching import Dispatch
+from genpulse.ledger.keys import KeyText, OwnerRoom, mint
 from genpulse.ledger.ledger import Ledger
 from genpulse.ledger.requests import IdempotencyConflict, new_id
 from genpulse.ledger.running import Beat, StaleLease, Stray
@@ -20,12 +22,15 @@ __all__ = [
     "Beat",
     "Dispatch",
     "IdempotencyConflict",
+    "KeyText",
     "Ledger",
+    "OwnerRoom",
     "ProcessSession",
     "SessionProbe",
     "StaleLease",
     "Stray",
     "fork_lock",
     "metadata",
+    "mint",
     "new_id",
 ]

@@ -8,6 +8,7 @@ Redis did not take is put back, and one whose relay died is found by :meth:`Disp
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import sqlalchemy as sa
 
 from genpulse.ledger import tables as t
+from genpulse.ledger.keys import OwnerRoom
 from genpulse.ledger.running import Running
 from genpulse.ledger.types import after, now
 from genpulse.model import ErrorInfo, TaskStatus, WorkerInfo
@@ -108,11 +110,17 @@ class Dispatching(Running):
             found.setdefault(queue, {})[priority] = number
         return found
 
-    def take(self, queue: str, priority: int, limit: int) -> list[Dispatch]:
-        """Take the oldest tasks of one priority out of the outbox. Two relays never take the same."""
+    def take(self, queue: str, priority: int, limit: int, room: OwnerRoom | None = None) -> list[Dispatch]:
+        """
+        Take the oldest tasks of one priority out of the outbox. Two relays never take the same.
+
+        Args:
+            room: What the owners have left; tasks of one that has none are passed over.
+        """
         task = t.tasks.c
+        limit = min(limit, _MAX_BATCH)
         oldest = (
-            sa.select(task.id)
+            sa.select(task.id, task.owner)
             .where(
                 task.status == TaskStatus.PENDING,
                 task.queue == queue,
@@ -122,10 +130,25 @@ class Dispatching(Running):
                 task.available_at <= now(),
             )
             .order_by(task.created_at, task.id)
-            .limit(min(limit, _MAX_BATCH))
-            .with_for_update(skip_locked=True)
         )
-        return self._take(oldest)
+        if room is None or room.is_unlimited:
+            return self._take(
+                oldest.with_only_columns(task.id).limit(limit).with_for_update(skip_locked=True)
+            )
+        taken: list[Dispatch] = []
+        while len(taken) < limit:
+            some = oldest.where(task.owner.not_in(room.full())).limit(limit - len(taken))
+            rows = self._read(functools.partial(_all, some))
+            chosen = [row.id for row in rows if room.take(row.owner)]
+            if chosen:
+                still = sa.select(task.id).where(
+                    task.id.in_(chosen), task.status == TaskStatus.PENDING, task.dispatched_at.is_(None)
+                )
+                taken += self._take(still.with_for_update(skip_locked=True))
+            if len(chosen) == len(rows):
+                break  # all that was asked for, or all there is
+            # Somebody has no room any more: look again without them.
+        return taken
 
     def take_bound(self, servers: Collection[str]) -> list[Dispatch]:
         """Take tasks that are bound to one of these servers, the ones that live workers serve."""
@@ -358,3 +381,7 @@ class Dispatching(Running):
         """Drop the rows of workers that vanished long ago."""
         statement = sa.delete(t.workers).where(t.workers.c.seen_at < after(-older_than_s))
         return self._write(lambda connection: connection.execute(statement).rowcount)
+
+
+def _all(query: sa.Select[Any], connection: sa.Connection) -> Sequence[Any]:
+    return connection.execute(query).all()

@@ -11,7 +11,7 @@ import uuid_utils
 
 from genpulse.errors import GenPulseError
 from genpulse.ledger import tables as t
-from genpulse.ledger.base import Base
+from genpulse.ledger.keys import Keys
 from genpulse.ledger.types import after, now
 from genpulse.model import (
     Asset,
@@ -112,7 +112,7 @@ def _output_from_row(row: sa.RowMapping) -> Output:
     )
 
 
-class Requests(Base):
+class Requests(Keys):
     """The statements behind the API's routes."""
 
     def submit(

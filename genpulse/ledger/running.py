@@ -79,6 +79,7 @@ class Running(Requests):
         session_key: int,
         servers: Collection[str],
         lease_s: float,
+        max_running: int = 0,
     ) -> Claim | None:
         """
         Take a pending task for a new attempt, or find out that it is not to be had.
@@ -91,13 +92,17 @@ class Running(Requests):
             session_key: What the process holds while it lives; see ``Heartbeat``.
             servers: Names of the ComfyUI servers this worker serves. A task bound to another
                 server is refused.
+            max_running: Cap on the running tasks of one owner, where no key says otherwise; 0 is none.
 
         Returns:
-            The claim, or ``None``: running, final, canceled, not due yet, expired, bound elsewhere.
+            The claim, or ``None``: running, final, canceled, not due yet, expired, bound elsewhere, or
+            one more than its owner may have running. That one is back in the outbox.
         """
 
         def take(connection: sa.Connection) -> Claim | None:
             task = t.tasks.c
+            if self._put_back_if_at_cap(connection, task_id, max_running):
+                return None
             taken = (
                 connection.execute(
                     sa.update(t.tasks)
@@ -146,6 +151,21 @@ class Running(Requests):
             return self._claimed(connection, taken)
 
         return self._write(take)
+
+    def _put_back_if_at_cap(self, connection: sa.Connection, task_id: str, max_running: int) -> bool:
+        """The relay counts before it sends, but two relays may count at once, and a cap may be lowered."""
+        task = t.tasks.c
+        waiting = (
+            task.id == task_id,
+            task.status == TaskStatus.PENDING,
+            # Its prompt is on a server already: following it is no more work than is being done.
+            task.bound_server.is_(None),
+        )
+        owner = connection.execute(sa.select(task.owner).where(*waiting)).scalar_one_or_none()
+        if owner is None or not self._is_at_cap(connection, owner, max_running):
+            return False
+        connection.execute(sa.update(t.tasks).where(*waiting).values(dispatched_at=None))
+        return True
 
     def _own_claim(self, connection: sa.Connection, task_id: str, claim: str) -> Claim | None:
         """An earlier call of ours whose answer was lost left this row."""

@@ -18,6 +18,7 @@ from genpulse.ledger.types import Timestamp
 
 __all__ = [
     "TRIGGERS",
+    "api_keys",
     "assets",
     "attempts",
     "idempotency_keys",
@@ -116,6 +117,9 @@ tasks = sa.Table(
     ),
     sa.Index("ix_tasks_bound", "bound_server", **_live("status = 'pending' AND bound_server IS NOT NULL")),
     sa.Index("ix_tasks_expiry", "expires_at", **_live("status = 'pending' AND expires_at IS NOT NULL")),
+    # By owner, for the caps: how many wait, how many run.
+    sa.Index("ix_tasks_queued", "owner", **_live("status = 'pending'")),
+    sa.Index("ix_tasks_running", "owner", **_live("status = 'processing'")),
     sa.Index("ix_tasks_ended", "completed_at", **_live("completed_at IS NOT NULL")),
     sa.Index("ix_tasks_run_time", "task_type", "completed_at", **_live("run_s IS NOT NULL")),
 )
@@ -203,6 +207,24 @@ idempotency_keys = sa.Table(
     sa.Column("body_hash", sa.String(64), nullable=False),
     sa.Column("task_id", _Id, sa.ForeignKey("tasks.id", ondelete="CASCADE"), nullable=False, index=True),
     sa.Column("expires_at", Timestamp, nullable=False, index=True),
+)
+
+# Never deleted: an installation that had keys once is not open to all when the last one is revoked.
+api_keys = sa.Table(
+    "api_keys",
+    metadata,
+    sa.Column("id", sa.String(20), primary_key=True),
+    sa.Column("name", sa.String(100), nullable=False),
+    sa.Column("owner", sa.String(200), nullable=False, index=True),
+    sa.Column("digest", sa.String(64), nullable=False),
+    sa.Column("scopes", sa.JSON, nullable=False),
+    sa.Column("rate", sa.String(40)),
+    sa.Column("max_queued", sa.Integer),
+    sa.Column("max_running", sa.Integer),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column("expires_at", Timestamp),
+    sa.Column("revoked_at", Timestamp),
+    sa.Column("last_used_at", Timestamp),
 )
 
 workers = sa.Table(

@@ -50,10 +50,11 @@ class Background:
         self._canceled = threading.Event()
         self._live = wiring.open_live(settings)
         self._producer = Producer(settings)
-        self._relay = Relay(self.ledger, self._producer)
+        self._relay = Relay(self.ledger, self._producer, max_running=settings.max_running)
         self._view = RunwayView(redis_client(settings.redis_url.get_secret_value(), timeout_s=1.0))
         # The sweeper's own relay and producer: two threads never share one.
-        self._sweeper = Sweeper(settings, self.ledger, Relay(self.ledger, Producer(settings)), self._view)
+        others = Relay(self.ledger, Producer(settings), max_running=settings.max_running)
+        self._sweeper = Sweeper(settings, self.ledger, others, self._view)
         self._ear = Ear(settings.redis_url.get_secret_value(), self._heard)
         self._threads = [
             threading.Thread(target=self._relay_loop, name="genpulse-relay", daemon=True),

@@ -28,11 +28,17 @@ _PAUSE_S = (0.2, 0.5, 1.0, 2.0)
 
 
 class Relay:
-    """Moves tasks from the outbox to the broker. Not for sharing between threads."""
+    """
+    Moves tasks from the outbox to the broker. Not for sharing between threads.
 
-    def __init__(self, ledger: Ledger, producer: Producer) -> None:
+    Args:
+        max_running: Cap on the running tasks of one owner where no key says otherwise; 0 is none.
+    """
+
+    def __init__(self, ledger: Ledger, producer: Producer, *, max_running: int = 0) -> None:
         self._ledger = ledger
         self._producer = producer
+        self._max_running = max_running
         self._broker_failures = 0
         self._quiet_until = 0.0
         self._workers: list[WorkerInfo] = []
@@ -52,7 +58,7 @@ class Relay:
             return 0
         workers = self._live_workers()
         servers = {str(server["name"]) for worker in workers for server in worker.servers}
-        batch = schedule.next_batch(self._ledger, live_slots(workers), servers)
+        batch = schedule.next_batch(self._ledger, live_slots(workers), servers, self._max_running)
         if not batch:
             return 0
         try:

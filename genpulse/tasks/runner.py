@@ -390,6 +390,7 @@ class Runner:
                     session_key=self.heartbeat.session_key,
                     servers=[server.name for server in self.settings.servers],
                     lease_s=self.settings.lease_s,
+                    max_running=self.settings.max_running,
                 )
             except LedgerUnavailable as error:
                 if time.monotonic() > deadline or is_draining():

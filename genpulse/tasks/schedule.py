@@ -17,13 +17,19 @@ FLOOR = 2
 """A queue's runway is at least this long, also while no worker is known."""
 
 
-def next_batch(ledger: Ledger, slots: Mapping[str, int], live_servers: Collection[str]) -> list[Dispatch]:
+def next_batch(
+    ledger: Ledger, slots: Mapping[str, int], live_servers: Collection[str], max_running: int = 0
+) -> list[Dispatch]:
     """
     Take what the broker should hold next out of the outbox.
+
+    A task whose owner has as many running as they may waits in the ledger, and others pass it: on the
+    runway it would take a place and could not be claimed.
 
     Args:
         slots: Live worker slots by queue.
         live_servers: Names of the servers that a live worker serves; only their bound tasks go.
+        max_running: Cap on the running tasks of one owner where no key says otherwise; 0 is none.
 
     Returns:
         The taken tasks, most urgent first. The caller sends them or puts them back.
@@ -33,12 +39,13 @@ def next_batch(ledger: Ledger, slots: Mapping[str, int], live_servers: Collectio
     if not waiting.priorities:
         return batch
     runway = ledger.runway()
+    owners = ledger.owner_room(max_running)
     for queue, priorities in waiting.priorities.items():
         held = dict(runway.get(queue, {}))
         for priority in sorted(priorities):
             free = room(held, priority, max(FLOOR, slots.get(queue, 0)))
             if free > 0:
-                taken = ledger.take(queue, priority, free)
+                taken = ledger.take(queue, priority, free, owners)
                 held[priority] = held.get(priority, 0) + len(taken)
                 batch += taken
     return batch
