@@ -23,6 +23,7 @@ Every error GenPulse raises on purpose::
         ├── ExecutionInterrupted    somebody interrupted the prompt on its server
         ├── NoOutputs               the run ended well and made nothing
         ├── InputRejected           an input is there but is not usable
+        │   └── UnsafeUrl             its URL, or the address behind it, is one we do not go to
         └── ObjectNotFound          storage holds no such key
 
 The branch decides what the worker does; nobody reads messages to decide. Foreign errors become
@@ -58,6 +59,7 @@ __all__ = [
     "StopAttempt",
     "StorageUnavailable",
     "TaskCanceled",
+    "UnsafeUrl",
     "WorkflowRejected",
 ]
 
@@ -219,6 +221,10 @@ class InputRejected(Permanent):
     """An input is there but is not usable (not an image, too large, unsafe)."""
 
     code = "input_unavailable"
+
+
+class UnsafeUrl(InputRejected):
+    """The URL, or the address behind it, is one that GenPulse does not go to (``egress``)."""
 
 
 class ObjectNotFound(Permanent):
