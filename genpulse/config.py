@@ -8,6 +8,8 @@ table against this class.
 
 from __future__ import annotations
 
+import base64
+import ipaddress
 import os
 import re
 import socket
@@ -22,6 +24,8 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 __all__ = ["ComfyServer", "Settings", "SettingsError", "is_loopback", "is_rate"]
 
 PREFIX = "GENPULSE_"
+
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 S3Provider = Literal["aws", "oss", "r2", "gcs", "minio"]
 
@@ -183,6 +187,29 @@ class Settings(BaseSettings):
         description="Answer downloads with a signed link of the object store. `false`: stream them through the API, for a store that callers cannot reach.",
     )
 
+    # Going out: inputs by URL, webhooks
+    egress_allow: str = Field(
+        "",
+        description="What URLs of callers may reach although it is not public: hosts, `.domain`s, addresses and networks (`10.1.0.0/16`), separated by commas. A host in it may be on any port.",
+    )
+    egress_http: bool = Field(False, description="Whether URLs of callers may be `http:`.")
+    egress_ports: str = Field(
+        "443,8443", description="Ports that URLs of callers may name, separated by commas."
+    )
+    input_max_bytes: int = Field(512 * 2**20, ge=1, description="Largest input that is fetched by URL.")
+    input_timeout_s: float = Field(120, gt=0, description="How long fetching one input may take in all.")
+    webhook_secret: SecretStr = Field(
+        SecretStr(""),
+        description="Signs webhooks: `whsec_` and 24 to 64 bytes in base64. Several, separated by commas, while you rotate: each signs. Empty: `callback_url` is refused.",
+    )
+    webhook_timeout_s: float = Field(
+        15, gt=0, le=600, description="How long a webhook's receiver has to answer."
+    )
+    webhook_schedule_s: str = Field(
+        "0,5,60,300,1800,7200,28800,86400",
+        description="When a webhook is tried, in seconds after the task's end.",
+    )
+
     # Flower and logs
     flower_host: str = Field(
         "127.0.0.1", description="Address Flower listens on. Anything but loopback needs basic auth."
@@ -296,6 +323,45 @@ class Settings(BaseSettings):
             raise ValueError(msg)
         return value.rstrip("/")
 
+    @field_validator("egress_allow")
+    @classmethod
+    def _allowed_parse(cls, value: str) -> str:
+        parse_allowed(value)
+        return value
+
+    @field_validator("egress_ports")
+    @classmethod
+    def _ports_parse(cls, value: str) -> str:
+        if not all(part.isdecimal() and 0 < int(part) < 65536 for part in _parts(value)):
+            msg = "must be ports, separated by commas"
+            raise ValueError(msg)
+        return value
+
+    @field_validator("webhook_schedule_s")
+    @classmethod
+    def _schedule_parse(cls, value: str) -> str:
+        try:
+            seconds = [float(part) for part in _parts(value)]
+        except ValueError:
+            seconds = []
+        if not seconds or seconds[0] < 0 or seconds != sorted(seconds) or seconds[-1] > 30 * 86_400:
+            msg = "must be rising numbers of seconds, separated by commas"
+            raise ValueError(msg)
+        return value
+
+    @field_validator("webhook_secret")
+    @classmethod
+    def _secrets_parse(cls, value: SecretStr) -> SecretStr:
+        for part in _parts(value.get_secret_value()):
+            try:
+                key = base64.b64decode(part.removeprefix("whsec_"), validate=True)
+            except ValueError:
+                key = b""
+            if not part.startswith("whsec_") or not 24 <= len(key) <= 64:
+                msg = "must be whsec_ and 24 to 64 bytes in base64; make one with `genpulse webhook-secret --new`"
+                raise ValueError(msg)
+        return value
+
     @field_validator("flower_basic_auth")
     @classmethod
     def _user_and_password(cls, value: SecretStr) -> SecretStr:
@@ -344,6 +410,17 @@ class Settings(BaseSettings):
         return self.data_dir / "assets"
 
     @property
+    def webhook_keys(self) -> tuple[bytes, ...]:
+        """The keys that sign webhooks, the newest first as they stand in the setting. Never log them."""
+        parts = _parts(self.webhook_secret.get_secret_value())
+        return tuple(base64.b64decode(part.removeprefix("whsec_")) for part in parts)
+
+    @property
+    def webhook_schedule(self) -> tuple[float, ...]:
+        """When a webhook is tried, in seconds after the task's end."""
+        return tuple(float(part) for part in _parts(self.webhook_schedule_s))
+
+    @property
     def servers(self) -> tuple[ComfyServer, ...]:
         """The ComfyUI servers this worker serves, by fleet-wide name."""
         return parse_servers(self.comfy_urls)
@@ -361,6 +438,30 @@ def is_loopback(host: str) -> bool:
 def is_rate(text: str) -> bool:
     """Whether *text* is a number of submissions for a time, or 0 for no limit."""
     return text == "0" or re.fullmatch(r"[1-9]\d{0,8}/(second|minute|hour)", text, re.ASCII) is not None
+
+
+def parse_allowed(text: str) -> tuple[frozenset[str], tuple[IPNetwork, ...]]:
+    """
+    Read ``hooks.corp, .example.org, 10.1.0.0/16`` into names and networks.
+
+    Raises:
+        ValueError: Neither a name nor a network.
+    """
+    names: set[str] = set()
+    networks: list[IPNetwork] = []
+    for part in _parts(text.lower()):
+        try:
+            networks.append(ipaddress.ip_network(part))
+        except ValueError:
+            if not re.fullmatch(r"\.?[a-z0-9_-]+(\.[a-z0-9_-]+)*", part) or part.split(".")[-1].isdigit():
+                msg = f"{part!r} is neither a host nor a network like 10.1.0.0/16"
+                raise ValueError(msg) from None
+            names.add(part)
+    return frozenset(names), tuple(networks)
+
+
+def _parts(text: str) -> list[str]:
+    return [part for piece in text.split(",") if (part := piece.strip())]
 
 
 def parse_servers(text: str) -> tuple[ComfyServer, ...]:
