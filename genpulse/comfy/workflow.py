@@ -75,7 +75,7 @@ class MediaInput:
     field: str
     reference: str
     """``asset:<id>``, ``output:<task_id>/<n>``, ``data:<mime>;base64,…`` or ``https://…``."""
-    kind: Literal["asset", "output", "data", "https"]
+    kind: Literal["asset", "output", "data", "url"]
 
 
 def load(source: object, *, pointer: str = "") -> Workflow:
@@ -226,6 +226,7 @@ def socket_output_nodes(workflow: Mapping[str, Any]) -> tuple[str, ...]:
 _ASSET = re.compile(r"asset:[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 _OUTPUT = re.compile(r"output:[A-Za-z0-9][A-Za-z0-9-]{0,63}/\d{1,6}\Z")
 _DATA = re.compile(r"data:[\w.+-]+/[\w.+-]+(?:;[\w.+-]+=[^;,]{0,100})*;base64,", re.ASCII)
+_WEB = re.compile(r"https?://", re.IGNORECASE)
 _LOADER = re.compile(r"(?:^|[\s_|])(?:VHS_)?Load", re.ASCII)
 _LOADER_FIELDS = frozenset({"image", "mask", "audio", "video", "file", "model_file"})
 
@@ -234,7 +235,7 @@ def media_inputs(workflow: Mapping[str, Any]) -> tuple[MediaInput, ...]:
     """
     The literals that name a file from outside, in the workflow's order.
 
-    ``asset:``, ``output:`` and ``data:`` are recognised in any field; an ``https:`` address only where a
+    ``asset:``, ``output:`` and ``data:`` are recognised in any field; a web address only where a
     loader node (``Load…``) expects a file, since elsewhere it may be meant for the node itself.
     """
     found = []
@@ -266,7 +267,7 @@ def with_prefixes(workflow: Mapping[str, Any], prefix: str) -> Workflow:
 
 def _media_kind(
     class_type: str, field: str, value: object
-) -> Literal["asset", "output", "data", "https"] | None:
+) -> Literal["asset", "output", "data", "url"] | None:
     if not isinstance(value, str):
         return None
     if _ASSET.match(value):
@@ -275,8 +276,8 @@ def _media_kind(
         return "output"
     if _DATA.match(value[:1000]):
         return "data"
-    if value[:8].lower() == "https://" and field in _LOADER_FIELDS and _LOADER.search(class_type):
-        return "https"
+    if _WEB.match(value) and field in _LOADER_FIELDS and _LOADER.search(class_type):
+        return "url"
     return None
 
 

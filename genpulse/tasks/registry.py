@@ -93,6 +93,10 @@ class BaseHandler(ABC):
         """Outputs of other tasks that validated *params* name, as ``(task id, index)``."""
         return ()
 
+    def referenced_urls(self, params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+        """Web addresses the worker will fetch for validated *params*, as ``(JSON pointer, URL)``."""
+        return ()
+
     @abstractmethod
     def execute(self, task: Task, context: AttemptContext) -> tuple[NewOutput, ...]:
         """

@@ -32,6 +32,7 @@ from genpulse.errors import (
     ExecutionInterrupted,
     GenPulseError,
     InputRejected,
+    InputUnavailable,
     LeaseLost,
     NoOutputs,
     NoServer,
@@ -394,9 +395,15 @@ def _media(context: AttemptContext, media: graph.MediaInput) -> Iterator[tuple[I
         mime = header.removeprefix("data:").partition(";")[0]
         yield io.BytesIO(data), mimetypes.guess_extension(mime) or ".bin"
         return
-    if media.kind == "https":
-        msg = "inputs by URL are not fetched by this version; upload the file instead"
-        raise InputRejected(msg, node_id=media.node_id)
+    if media.kind == "url":
+        with contextlib.ExitStack() as stack:
+            try:
+                copy = stack.enter_context(context.open_input(media.reference))
+            except (InputRejected, InputUnavailable) as error:
+                error.node_id = media.node_id
+                raise
+            yield copy, _suffix_of(copy)
+        return
     with context.open_input(media.reference) as source, tempfile.TemporaryFile() as copy:
         while chunk := source.read(1 << 20):
             copy.write(chunk)

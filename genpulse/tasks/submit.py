@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from genpulse.config import Settings
-from genpulse.errors import InvalidRequest
+from genpulse.errors import InvalidRequest, UnsafeUrl
 from genpulse.ledger import Ledger
 from genpulse.model import NewTask, Priority, Task
+from genpulse.tasks.inputs import open_egress
 from genpulse.tasks.registry import Registry
 
 __all__ = ["accept", "body_digest"]
@@ -48,11 +49,11 @@ def accept(  # the parts, the words, and who says them
         IdempotencyConflict: The key was used with another body.
         LedgerUnavailable: Nothing is known to be recorded.
     """
-    if body.get("callback_url") is not None:
-        sentence = "Webhooks are not offered by this version; poll GET /task/{id} instead."
-        raise InvalidRequest("invalid_request", sentence, [("/callback_url", sentence)])
+    if (callback_url := body.get("callback_url")) is not None:
+        _check_callback(settings, callback_url)
     handler = registry.get(body["task_type"])
     params = handler.validate_params(body["params"])
+    _check_urls(settings, handler.referenced_urls(params))
     _find_references(ledger, owner, handler.referenced_assets(params), handler.referenced_outputs(params))
     new = NewTask(
         task_type=handler.task_type,
@@ -64,6 +65,7 @@ def accept(  # the parts, the words, and who says them
         expires_in_s=body.get("expires_in_s"),
         max_attempts=body.get("max_attempts") or settings.max_attempts,
         metadata=body.get("metadata") or {},
+        callback_url=callback_url,
     )
     return ledger.submit(
         new,
@@ -77,6 +79,27 @@ def body_digest(body: Mapping[str, Any]) -> str:
     """SHA-256 of a JSON body whatever the order of its keys."""
     text = json.dumps(body, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _check_callback(settings: Settings, url: str) -> None:
+    """Refuse a webhook that could not be signed, or whose address we would not go to."""
+    if not settings.webhook_keys:
+        sentence = "Webhooks need GENPULSE_WEBHOOK_SECRET; poll GET /task/{id} instead."
+        raise InvalidRequest("invalid_request", sentence, [("/callback_url", sentence)])
+    _check_urls(settings, (("/callback_url", url),))
+
+
+def _check_urls(settings: Settings, urls: tuple[tuple[str, str], ...]) -> None:
+    """Refuse addresses that the worker would not go to, as far as that shows without the network."""
+    rules = open_egress(settings)
+    errors: list[tuple[str, str]] = []
+    for pointer, url in urls:
+        try:
+            rules.check(url)
+        except UnsafeUrl as error:
+            errors.append((pointer, str(error)))
+    if errors:
+        raise InvalidRequest("unsafe_url", f"{errors[0][0]}: {errors[0][1]}.", errors)
 
 
 def _find_references(

@@ -479,7 +479,8 @@ class TestParams:
     @pytest.mark.parametrize(
         ("params", "pointer"),
         [
-            ({"source": "https://example.com/a.png"}, "/params/source"),
+            ({"source": "ftp://example.com/a.png"}, "/params/source"),
+            ({"source": "https://example.com/ä.png"}, "/params/source"),
             ({"source": "asset:../a"}, "/params/source"),
             ({"source": "asset:ü"}, "/params/source"),
             ({"source": "asset:a\n"}, "/params/source"),

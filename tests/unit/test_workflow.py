@@ -308,7 +308,7 @@ class TestPrefixes:
 
 class TestMedia:
     def test_references_are_found_with_their_place(self) -> None:
-        """Assets, outputs and data in any field, https only where a loader expects a file."""
+        """Assets, outputs and data in any field, web addresses only where a loader expects a file."""
         graph = {
             "1": {"class_type": "LoadImage", "inputs": {"image": "asset:0198c-x"}},
             "2": {"class_type": "VHS_LoadVideo", "inputs": {"video": "https://example.org/a.mp4"}},
@@ -319,13 +319,15 @@ class TestMedia:
             "4": {"class_type": "LoadAudio", "inputs": {"audio": "data:audio/flac;base64,AAAA"}},
             "5": {"class_type": "CLIPTextEncode", "inputs": {"text": "asset: a pot of gold, output:many"}},
             "6": {"class_type": "LoadImage", "inputs": {"image": "plain.png"}},
+            "7": {"class_type": "LoadImage", "inputs": {"image": "HTTP://example.org/a.png"}},
         }
 
         assert [(m.node_id, m.field, m.kind) for m in wf.media_inputs(graph)] == [
             ("1", "image", "asset"),
-            ("2", "video", "https"),
+            ("2", "video", "url"),
             ("3", "any", "output"),
             ("4", "audio", "data"),
+            ("7", "image", "url"),
         ]
 
     def test_references_can_be_replaced(self) -> None:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from genpulse.comfy import workflow as graph
-from genpulse.errors import InvalidRequest
 from genpulse.tasks import queues
 from genpulse.tasks.registry import BaseHandler
 
@@ -31,7 +30,8 @@ class ComfyUIParams(BaseModel):
         default_factory=dict,
         description=(
             "Values to put into the workflow: by `<node_id>.<field>`, or by `<name>` for a node titled "
-            "`INPUT_<name>`. Media fields take `asset:<id>`, `output:<task id>/<index>` or a `data:` URI."
+            "`INPUT_<name>`. Media fields take `asset:<id>`, `output:<task id>/<index>`, a `data:` URI, or "
+            "an `https:` URL that the worker fetches."
         ),
     )
 
@@ -50,18 +50,11 @@ class ComfyUIHandler(BaseHandler):
         Check the workflow's structure and that every input has a place.
 
         Raises:
-            InvalidRequest: ``workflow_format_ui``, ``invalid_workflow``, ``unknown_input``,
-                ``unsafe_url``, or ``invalid_request``.
+            InvalidRequest: ``workflow_format_ui``, ``invalid_workflow``, ``unknown_input``, or
+                ``invalid_request``.
         """
         checked = super().validate_params(params)
-        bound = self._bound(checked)
-        for media in graph.media_inputs(bound):
-            if media.kind == "https":
-                sentence = (
-                    "Inputs by URL are not offered by this version: upload the file and name it asset:<id>."
-                )
-                pointer = f"/params/workflow/{media.node_id}/inputs/{media.field}"
-                raise InvalidRequest("unsafe_url", sentence, [(pointer, sentence)])
+        self._bound(checked)
         return checked
 
     def referenced_assets(self, params: Mapping[str, Any]) -> tuple[str, ...]:
@@ -76,6 +69,14 @@ class ComfyUIHandler(BaseHandler):
         ]
         pairs = (name.removeprefix("output:").split("/") for name in names)
         return tuple((task_id, int(index)) for task_id, index in pairs)
+
+    def referenced_urls(self, params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+        """Web addresses that the bound workflow names for its loaders."""
+        return tuple(
+            (f"/params/workflow/{media.node_id}/inputs/{media.field}", media.reference)
+            for media in graph.media_inputs(self._bound(params))
+            if media.kind == "url"
+        )
 
     def execute(self, task: Task, context: AttemptContext) -> tuple[NewOutput, ...]:
         """Render the workflow; see :mod:`genpulse.tasks.render`."""

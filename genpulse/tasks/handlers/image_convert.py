@@ -1,7 +1,7 @@
 """
 The task type ``image-convert``: resize a picture, change its format, make a thumbnail.
 
-It takes an asset or an output of a former task. What it reads was made by strangers, so it trusts
+It takes an asset, an output of a former task, or a picture by URL. What it reads was made by strangers, so it trusts
 neither name nor type: the bytes must be one of a few formats, the header is believed only within
 limits, and nothing is decoded before they were checked.
 """
@@ -47,7 +47,8 @@ _DAMAGED = "the picture is damaged, cut off, or of a kind that cannot be read"
 _MAX_WEBP_SIDE = 16_383  # 14 bits in its header
 _ASSET = re.compile(r"asset:([A-Za-z0-9_-]{1,100})")
 _OUTPUT = re.compile(r"output:([A-Za-z0-9_-]{1,100})/([0-9]{1,6})")
-_SOURCE = rf"^({_ASSET.pattern}|{_OUTPUT.pattern})$"
+_URL = re.compile(r"[Hh][Tt][Tt][Pp][Ss]?://[!-~]{1,2040}")
+_SOURCE = rf"^({_ASSET.pattern}|{_OUTPUT.pattern}|{_URL.pattern})$"
 _COLOUR = r"^#([0-9a-fA-F]{3}|[0-9a-fA-F]{6}|[0-9a-fA-F]{8})$"
 
 Side = Annotated[int, Field(ge=1, le=MAX_SIDE)]
@@ -59,7 +60,8 @@ class ImageConvertParams(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     source: Annotated[str, Field(pattern=_SOURCE)] = Field(
-        description="`asset:<id>` of an uploaded file, or `output:<task_id>/<index>` of a completed task."
+        description="`asset:<id>` of an uploaded file, `output:<task_id>/<index>` of a completed task, or an "
+        "`https:` URL that the worker fetches."
     )
     width: Side | None = Field(None, description="Pixels.")
     height: Side | None = Field(None, description="Pixels.")
@@ -128,6 +130,10 @@ class ImageConvertHandler(BaseHandler):
         """The source, if it is an output of another task."""
         found = _OUTPUT.fullmatch(params["source"])
         return ((found[1], int(found[2])),) if found else ()
+
+    def referenced_urls(self, params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+        """The source, if it is a web address."""
+        return (("/params/source", params["source"]),) if _URL.fullmatch(params["source"]) else ()
 
     def execute(self, task: Task, context: AttemptContext) -> tuple[NewOutput, ...]:
         """
