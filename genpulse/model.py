@@ -32,6 +32,7 @@ __all__ = [
     "Task",
     "TaskStatus",
     "WorkerInfo",
+    "output_prefix",
 ]
 
 
@@ -111,6 +112,11 @@ class OutputKind(enum.StrEnum):
     FILE = "file"
 
 
+def output_prefix(task_id: str, attempt: int | None = None) -> str:
+    """What the storage keys begin with that an attempt, or all of a task's, writes; ends with a slash."""
+    return f"outputs/{task_id}/" if attempt is None else f"outputs/{task_id}/{attempt}/"
+
+
 @dataclass(frozen=True, slots=True)
 class ErrorInfo:
     """Why a task or an attempt did not complete. Carries no path or secret of a server."""
@@ -163,6 +169,10 @@ class NewTask:
     callback_url: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     retry_of: str | None = None
+    assets: frozenset[str] = frozenset()
+    """Ids of the uploaded files it names."""
+    source_tasks: frozenset[str] = frozenset()
+    """Ids of the tasks whose outputs it names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +213,8 @@ class Attempt:
     ended_at: dt.datetime | None = None
     outcome: AttemptOutcome | None = None
     error: ErrorInfo | None = None
+    progress: float | None = None
+    """How far it came, 0 to 100, as far as it was known when it ended."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,8 @@ from genpulse.ledger.base import fork_lock
 from genpulse.ledger.dispatching import Dispatch
 from genpulse.ledger.keys import KeyText, OwnerRoom, mint
 from genpulse.ledger.ledger import Ledger
-from genpulse.ledger.requests import IdempotencyConflict, new_id
+from genpulse.ledger.requests import IdempotencyConflict, SourceGone, new_id
+from genpulse.ledger.retiring import Removal
 from genpulse.ledger.running import Beat, StaleLease, Stray
 from genpulse.ledger.sessions import ProcessSession, SessionProbe
 from genpulse.ledger.tables import metadata
@@ -26,7 +27,9 @@ __all__ = [
     "Ledger",
     "OwnerRoom",
     "ProcessSession",
+    "Removal",
     "SessionProbe",
+    "SourceGone",
     "StaleLease",
     "Stray",
     "fork_lock",

@@ -7,12 +7,12 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from genpulse.errors import LedgerUnavailable
-from genpulse.ledger.dispatching import Dispatching
+from genpulse.ledger.retiring import Retiring
 
 __all__ = ["Ledger"]
 
 
-class Ledger(Dispatching):
+class Ledger(Retiring):
     """Every statement about tasks, given a connected engine or opened by URL."""
 
     def migrate(self) -> None:

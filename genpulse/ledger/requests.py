@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,15 +28,21 @@ from genpulse.model import (
     TaskStatus,
 )
 
-__all__ = ["IdempotencyConflict", "Requests", "new_id"]
+__all__ = ["IdempotencyConflict", "Requests", "SourceGone", "new_id"]
 
 CANCELED = ErrorInfo(code="canceled", message="The task was canceled.")
 
 POSITION_LIMIT = 10_000
+UPLOAD_S = 86_400.0
+"""How long an upload may take from its last byte here to its record; what lasted longer is collected."""
 
 
 class IdempotencyConflict(GenPulseError):
     """The key was used before, with another body."""
+
+
+class SourceGone(GenPulseError):
+    """A file or a task that the new task names is not there (any more): nothing was recorded."""
 
 
 class _KeyTaken(Exception):  # never leaves this module: it only rolls the insert back
@@ -44,6 +52,14 @@ class _KeyTaken(Exception):  # never leaves this module: it only rolls the inser
 def new_id() -> str:
     """A UUIDv7: unique without asking anybody, and in order of time."""
     return str(uuid_utils.uuid7())
+
+
+_ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+def _is_id(text: str) -> bool:
+    """Whether the text can be an id at all: PostgreSQL calls a comparison with anything else an error."""
+    return _ID.fullmatch(text) is not None
 
 
 def task_from_row(
@@ -94,6 +110,20 @@ def attempt_from_row(row: sa.RowMapping) -> Attempt:
         ended_at=row["ended_at"],
         outcome=AttemptOutcome(row["outcome"]) if row["outcome"] else None,
         error=ErrorInfo.from_dict(row["error"]),
+        progress=row["progress"],
+    )
+
+
+def _asset_from_row(row: sa.RowMapping) -> Asset:
+    return Asset(
+        id=row["id"],
+        owner=row["owner"],
+        key=row["key"],
+        name=row["name"],
+        content_type=row["content_type"],
+        size_bytes=row["size_bytes"],
+        sha256=row["sha256"],
+        created_at=row["created_at"],
     )
 
 
@@ -138,37 +168,13 @@ class Requests(Keys):
 
         Raises:
             IdempotencyConflict: The key was used with another body.
+            SourceGone: A file or task that it names was deleted meanwhile.
             LedgerUnavailable: Nothing is known to be recorded.
         """
         task_id = new_id()
 
         def record(connection: sa.Connection) -> Task:
-            row = (
-                connection.execute(
-                    sa.insert(t.tasks)
-                    .values(
-                        id=task_id,
-                        owner=new.owner,
-                        task_type=new.task_type,
-                        queue=new.queue,
-                        priority=new.priority.step,
-                        status=TaskStatus.PENDING,
-                        params=dict(new.params),
-                        metadata=dict(new.metadata),
-                        callback_url=new.callback_url,
-                        retry_of=new.retry_of,
-                        timeout_s=new.timeout_s,
-                        max_attempts=new.max_attempts,
-                        created_at=now(),
-                        updated_at=now(),
-                        available_at=now(),
-                        expires_at=after(new.expires_in_s) if new.expires_in_s is not None else None,
-                    )
-                    .returning(t.tasks)
-                )
-                .mappings()
-                .one()
-            )
+            row = self._insert_task(connection, task_id, new)
             if idempotency_key is not None:
                 key_of_owner = (
                     t.idempotency_keys.c.owner == new.owner,
@@ -195,12 +201,64 @@ class Requests(Keys):
                     raise _KeyTaken
             return task_from_row(row)
 
-        try:
-            return self._write(record), False
-        except _KeyTaken:
-            return self._replay(new.owner, str(idempotency_key), body_hash), True
+        while True:
+            with contextlib.suppress(_KeyTaken):
+                return self._write(record), False
+            # None: the task that had the key was deleted in this very moment, and the key with it.
+            if (earlier := self._replay(new.owner, str(idempotency_key), body_hash)) is not None:
+                return earlier, True
 
-    def _replay(self, owner: str, key: str, body_hash: str) -> Task:
+    def _insert_task(self, connection: sa.Connection, task_id: str, new: NewTask) -> sa.RowMapping:
+        """Write a new task's row, and hold fast what it needs: from now on that is not retired."""
+        if new.retry_of is not None:
+            # Waits for a retry in bulk, or a deletion, of the same task.
+            former = sa.select(t.tasks.c.id).where(t.tasks.c.id == new.retry_of, t.tasks.c.owner == new.owner)
+            if connection.execute(former.with_for_update()).first() is None:
+                raise SourceGone(new.retry_of)
+        for table, ids in ((t.assets, new.assets), (t.tasks, new.source_tasks)):
+            if not ids:
+                continue
+            known = (
+                sa.select(table.c.id)
+                .where(table.c.id.in_(sorted(ids)), table.c.owner == new.owner)
+                .order_by(table.c.id)
+                .with_for_update(read=True, key_share=True)
+            )
+            if gone := ids - set(connection.execute(known).scalars()):
+                raise SourceGone(", ".join(sorted(gone)))
+        row = (
+            connection.execute(
+                sa.insert(t.tasks)
+                .values(
+                    id=task_id,
+                    owner=new.owner,
+                    task_type=new.task_type,
+                    queue=new.queue,
+                    priority=new.priority.step,
+                    status=TaskStatus.PENDING,
+                    params=dict(new.params),
+                    metadata=dict(new.metadata),
+                    callback_url=new.callback_url,
+                    retry_of=new.retry_of,
+                    timeout_s=new.timeout_s,
+                    max_attempts=new.max_attempts,
+                    created_at=now(),
+                    updated_at=now(),
+                    available_at=now(),
+                    expires_at=after(new.expires_in_s) if new.expires_in_s is not None else None,
+                )
+                .returning(t.tasks)
+            )
+            .mappings()
+            .one()
+        )
+        if sources := sorted(new.assets | new.source_tasks):
+            connection.execute(
+                sa.insert(t.task_inputs), [{"task_id": task_id, "source_id": each} for each in sources]
+            )
+        return row
+
+    def _replay(self, owner: str, key: str, body_hash: str) -> Task | None:
         def find(connection: sa.Connection) -> sa.RowMapping | None:
             query = (
                 sa.select(t.tasks, t.idempotency_keys.c.body_hash)
@@ -210,7 +268,9 @@ class Requests(Keys):
             return connection.execute(query).mappings().first()
 
         row = self._read(find)
-        if row is None or row["body_hash"] != body_hash:
+        if row is None:
+            return None
+        if row["body_hash"] != body_hash:
             msg = "this Idempotency-Key was used before with another body"
             raise IdempotencyConflict(msg)
         return task_from_row(row)
@@ -222,6 +282,8 @@ class Requests(Keys):
         Args:
             owner: If given, somebody else's task is as unknown as one that does not exist.
         """
+        if not _is_id(task_id):
+            return None
 
         def read(connection: sa.Connection) -> Task | None:
             query = sa.select(t.tasks).where(t.tasks.c.id == task_id)
@@ -273,6 +335,74 @@ class Requests(Keys):
         return self._read(
             lambda connection: [task_from_row(row) for row in connection.execute(query).mappings()]
         )
+
+    def retryable(  # each is one filter
+        self,
+        owner: str,
+        *,
+        status: TaskStatus = TaskStatus.FAILED,
+        error_code: str | None = None,
+        task_type: str | None = None,
+        created_after: dt.datetime | None = None,
+        created_before: dt.datetime | None = None,
+        after_id: str | None = None,
+        again: bool = False,
+        limit: int = 100,
+    ) -> list[Task]:
+        """
+        An owner's final tasks that a retry in bulk may take, oldest first, without outputs and attempts.
+
+        Args:
+            after_id: The last id of the page before.
+            again: Also those that were retried already.
+        """
+        task, later = t.tasks.c, t.tasks.alias("later")
+        query = sa.select(t.tasks).where(task.owner == owner, task.status == status).order_by(task.id)
+        if error_code is not None:
+            query = query.where(task.error["code"].as_string() == error_code)
+        if task_type is not None:
+            query = query.where(task.task_type == task_type)
+        if created_after is not None:
+            query = query.where(task.created_at > created_after)
+        if created_before is not None:
+            query = query.where(task.created_at < created_before)
+        if after_id is not None:
+            query = query.where(task.id > after_id)
+        if not again:
+            query = query.where(~sa.exists().where(later.c.retry_of == task.id))
+        return self._read(
+            lambda connection: [
+                task_from_row(row) for row in connection.execute(query.limit(limit)).mappings()
+            ]
+        )
+
+    def retry_all(self, retries: Sequence[NewTask], *, again: bool = False) -> list[Task]:
+        """
+        Record retries (``retry_of`` says of what) in one transaction; those that may not be are left out.
+
+        Of any number of callers at once, one retries a task, unless *again* is asked for. A task is
+        left out if it, or a file that it needs, was deleted meanwhile.
+        """
+        by_former = {str(new.retry_of): new for new in retries}
+
+        def record(connection: sa.Connection) -> list[Task]:
+            task = t.tasks.c
+            formers = sa.select(task.id).where(task.id.in_(sorted(by_former))).order_by(task.id)
+            # Whoever was there first has committed when these locks are ours: a second statement sees it.
+            locked = connection.execute(formers.with_for_update()).scalars().all()
+            retried: set[str | None] = set()
+            if not again:
+                earlier = sa.select(task.retry_of).where(task.retry_of.in_(locked))
+                retried = set(connection.execute(earlier).scalars())
+            made = []
+            for former in locked:
+                if former not in retried:
+                    with contextlib.suppress(SourceGone):
+                        row = self._insert_task(connection, new_id(), by_former[former])
+                        made.append(task_from_row(row))
+            return made
+
+        return self._write(record) if retries else []
 
     def queue_position(self, task: Task) -> int | None:
         """How many waiting tasks of its queue go before this one, plus 1; ``None`` unless pending."""
@@ -357,59 +487,137 @@ class Requests(Keys):
         row = self._read(lambda connection: connection.execute(query).mappings().first())
         return None if row is None else (row["owner"], _output_from_row(row))
 
+    def reuse_asset(self, *, owner: str, name: str, content_type: str, sha256: str) -> Asset | None:
+        """
+        Take an upload whose bytes this owner has stored already: nothing needs to be stored again.
+
+        The same bytes under the same name are the same asset, young again; under another name they are
+        a new asset that shares the stored object.
+
+        Returns:
+            The asset, or ``None``: the bytes are new.
+        """
+        asset = t.assets.c
+        same = (asset.owner == owner, asset.sha256 == sha256)
+        again = (
+            sa.update(t.assets)
+            .where(*same, asset.name == name)
+            .values(uploaded_again_at=now())
+            .returning(t.assets)
+        )
+
+        def take(connection: sa.Connection) -> sa.RowMapping | None:
+            if (found := connection.execute(again).mappings().first()) is not None:
+                return found
+            # Locked, so that it is not retired, and its object with it, before this one stands beside it.
+            other = sa.select(t.assets).where(*same).order_by(asset.id).limit(1)
+            shared = connection.execute(other.with_for_update(read=True, key_share=True)).mappings().first()
+            if shared is None:
+                return None
+            values = {
+                "id": new_id(),
+                "owner": owner,
+                "key": shared["key"],
+                "name": name,
+                "content_type": content_type,
+                "size_bytes": shared["size_bytes"],
+                "sha256": sha256,
+                "created_at": now(),
+            }
+            return self._add_asset(connection, values)
+
+        row = self._write(take)
+        return None if row is None else _asset_from_row(row)
+
+    def expect_asset(self, owner: str, sha256: str, extension: str = "") -> tuple[str, str]:
+        """
+        Choose id and key of an asset whose bytes are going to be stored.
+
+        No key is given twice, so that deleting one is never about somebody's new bytes. It is noted for
+        deletion until :meth:`add_asset`: a crash between the two leaves nothing behind for good.
+
+        Returns:
+            The id and the key.
+        """
+        asset_id = new_id()
+        key = f"assets/{owner}/{sha256}/{asset_id}{extension}"
+        statement = sa.insert(t.removals).values(
+            id=asset_id, key=key, ended_at=after(UPLOAD_S), due_at=after(UPLOAD_S)
+        )
+        self._write(lambda connection: connection.execute(statement))
+        return asset_id, key
+
     def add_asset(  # the columns of one row
-        self, *, owner: str, key: str, name: str, content_type: str, size_bytes: int, sha256: str
+        self,
+        *,
+        asset_id: str,
+        owner: str,
+        key: str,
+        name: str,
+        content_type: str,
+        size_bytes: int,
+        sha256: str,
     ) -> Asset:
         """
-        Record an uploaded file whose bytes are stored already.
+        Record an uploaded file whose bytes are stored now, under what :meth:`expect_asset` chose.
 
-        The same bytes of the same owner are one asset: a repeated upload returns the first record.
+        Of two uploads of the same file at once one is recorded, and both get it; the other one's bytes
+        are deleted.
+
+        Raises:
+            SourceGone: Storing took so long that the bytes are taken for left behind.
         """
+        values = {
+            "id": asset_id,
+            "owner": owner,
+            "key": key,
+            "name": name,
+            "content_type": content_type,
+            "size_bytes": size_bytes,
+            "sha256": sha256,
+            "created_at": now(),
+        }
+        removal = t.removals.c
 
         def record(connection: sa.Connection) -> sa.RowMapping:
-            found = (
+            row = self._add_asset(connection, values)
+            if row["id"] != asset_id:
                 connection.execute(
-                    sa.select(t.assets)
-                    .where(t.assets.c.key == key, t.assets.c.owner == owner, t.assets.c.name == name)
-                    .limit(1)
+                    sa.update(t.removals).where(removal.id == asset_id).values(ended_at=now(), due_at=now())
                 )
-                .mappings()
-                .first()
-            )
-            if found is not None:
-                return found
-            return (
-                connection.execute(
-                    sa.insert(t.assets)
-                    .values(
-                        id=new_id(),
-                        owner=owner,
-                        key=key,
-                        name=name,
-                        content_type=content_type,
-                        size_bytes=size_bytes,
-                        sha256=sha256,
-                        created_at=now(),
-                    )
-                    .returning(t.assets)
-                )
-                .mappings()
-                .one()
-            )
+                return row
+            expected = sa.delete(t.removals).where(removal.id == asset_id, removal.ended_at > now())
+            if connection.execute(expected).rowcount == 0:
+                raise SourceGone(key)
+            return row
 
-        return Asset(**self._write(record))
+        return _asset_from_row(self._write(record))
+
+    def _add_asset(self, connection: sa.Connection, values: dict[str, Any]) -> sa.RowMapping:
+        """Insert the row, or find the one of the same owner, bytes and name, which is young again."""
+        statement = (
+            self._insert(t.assets)
+            .values(**values)
+            .on_conflict_do_update(
+                index_elements=["owner", "sha256", "name"], set_={"uploaded_again_at": now()}
+            )
+            .returning(t.assets)
+        )
+        return connection.execute(statement).mappings().one()
 
     def get_asset(self, asset_id: str, owner: str) -> Asset | None:
         """An owner's asset by id."""
+        if not _is_id(asset_id):
+            return None
         query = sa.select(t.assets).where(t.assets.c.id == asset_id, t.assets.c.owner == owner)
         row = self._read(lambda connection: connection.execute(query).mappings().first())
-        return None if row is None else Asset(**row)
+        return None if row is None else _asset_from_row(row)
 
     def find_asset(self, key: str) -> Asset | None:
-        """An asset by its storage key."""
-        query = sa.select(t.assets).where(t.assets.c.key == key).limit(1)
+        """An asset by its storage key; the oldest, where several share the object."""
+        query = sa.select(t.assets).where(t.assets.c.key == key).order_by(t.assets.c.id).limit(1)
         row = self._read(lambda connection: connection.execute(query).mappings().first())
-        return None if row is None else Asset(**row)
+        return None if row is None else _asset_from_row(row)
 
     def _notify(self, connection: sa.Connection, word: str) -> None:
         """Wake listeners when this transaction commits. SQLite has no such thing: Redis tells them."""

@@ -9,6 +9,7 @@ function may be repeated after an answer was lost; what it finds then is recogni
 from __future__ import annotations
 
 import datetime as dt
+import functools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import sqlalchemy as sa
 
 from genpulse.ledger import tables as t
-from genpulse.ledger.requests import CANCELED, Requests, attempt_from_row, task_from_row
+from genpulse.ledger.requests import CANCELED, Requests, attempt_from_row, new_id, task_from_row
 from genpulse.ledger.types import Timestamp, after, now
 from genpulse.model import (
     Attempt,
@@ -37,6 +38,13 @@ WORKER_LOST = ErrorInfo(
 )
 LOSS_BACKOFF_S = (0.0, 2.0, 10.0, 30.0)
 """Wait before the attempt after the first, second, … loss. The first waits for nothing."""
+REMOVAL_PASSES_S = (30.0, 600.0, 86_400.0)
+"""
+How long after its end what an attempt stored is deleted, if no completed task names it.
+
+The first is later than a lease; the others find what a process stored that was fenced off and went on,
+or was frozen for long.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,6 +405,8 @@ class Running(Requests):
         run_s: float | None = None,
         store_s: float | None = None,
         leaves_prompt: bool = False,
+        progress: float | None = None,
+        stored: bool = True,
     ) -> TaskStatus | None:
         """
         End the task: outputs, final state and history in one transaction, under the fence.
@@ -405,6 +415,9 @@ class Running(Requests):
 
         Args:
             leaves_prompt: The prompt may still be on its server; somebody there must stop it.
+            progress: How far the attempt came, 0 to 100, as far as it is known.
+            stored: The attempt may have put objects into storage: those that no completed task
+                names are deleted later on.
 
         Returns:
             The state the task ended in (``canceled`` if a cancel was committed first), or ``None``:
@@ -423,7 +436,9 @@ class Running(Requests):
                     [_output_values(fence, index, output) for index, output in enumerate(outputs)],
                 )
             outcome = AttemptOutcome(ended.value)
-            self._end_attempt(connection, fence, outcome, error=error, stray=leaves_prompt)
+            self._end_attempt(
+                connection, fence, outcome, error=error, stray=leaves_prompt, progress=progress, stored=stored
+            )
             return ended
 
         return self._write(end)
@@ -436,6 +451,8 @@ class Running(Requests):
         delay_s: float,
         outcome: AttemptOutcome = AttemptOutcome.RETRY,
         leaves_prompt: bool = False,
+        progress: float | None = None,
+        stored: bool = True,
     ) -> TaskStatus | None:
         """
         End this attempt in a retryable error: another one follows, or the bound is reached.
@@ -444,6 +461,7 @@ class Running(Requests):
             delay_s: Wait before the next attempt.
             outcome: ``retry``, or ``storage_failed`` if the finished prompt may be adopted.
             leaves_prompt: The prompt may still be on its server.
+            progress, stored: As :meth:`finish`.
 
         Returns:
             ``pending``, ``failed`` (that was the last attempt), ``canceled`` (a cancel came first),
@@ -455,19 +473,23 @@ class Running(Requests):
             if row is None:
                 return self._own_end(connection, fence)
             adoptable = outcome.leaves_prompt
+            end_attempt = functools.partial(
+                self._end_attempt,
+                connection,
+                fence,
+                stray=leaves_prompt or adoptable,
+                progress=progress,
+                stored=stored,
+            )
             if row["cancel_requested_at"] is not None:
                 self._end_task(connection, fence, TaskStatus.CANCELED)
-                self._end_attempt(
-                    connection, fence, AttemptOutcome.CANCELED, stray=leaves_prompt or adoptable
-                )
+                end_attempt(AttemptOutcome.CANCELED)
                 return TaskStatus.CANCELED
             if row["failures"] + 1 >= row["max_attempts"]:
                 self._end_task(
                     connection, fence, TaskStatus.FAILED, error=error, failures=row["failures"] + 1
                 )
-                self._end_attempt(
-                    connection, fence, AttemptOutcome.FAILED, error=error, stray=leaves_prompt or adoptable
-                )
+                end_attempt(AttemptOutcome.FAILED, error=error)
                 return TaskStatus.FAILED
             self._back_to_pending(
                 connection,
@@ -477,13 +499,19 @@ class Running(Requests):
                 failures=row["failures"] + 1,
                 error=error.as_dict(),
             )
-            self._end_attempt(connection, fence, outcome, error=error, stray=leaves_prompt or adoptable)
+            end_attempt(outcome, error=error)
             return TaskStatus.PENDING
 
         return self._write(end)
 
     def hand_back(
-        self, fence: Fence, *, adopt_wait_s: float | None, delay_s: float = 0.0
+        self,
+        fence: Fence,
+        *,
+        adopt_wait_s: float | None,
+        delay_s: float = 0.0,
+        progress: float | None = None,
+        stored: bool = True,
     ) -> TaskStatus | None:
         """
         Give the task back uncounted; a prompt that was sent runs on, for the next worker to adopt.
@@ -492,6 +520,7 @@ class Running(Requests):
             adopt_wait_s: How long the task waits for a worker of its prompt's server. ``None``: no
                 server has a prompt of it, any worker may have the task.
             delay_s: Wait before the next attempt, where one at once would find the same.
+            progress, stored: As :meth:`finish`.
 
         Returns:
             As :meth:`retry_later`.
@@ -501,12 +530,13 @@ class Running(Requests):
             row = self._lock(connection, fence)
             if row is None:
                 return self._own_end(connection, fence)
+            known: dict[str, Any] = {"stray": True, "progress": progress, "stored": stored}
             if row["cancel_requested_at"] is not None:
                 self._end_task(connection, fence, TaskStatus.CANCELED)
-                self._end_attempt(connection, fence, AttemptOutcome.CANCELED, stray=True)
+                self._end_attempt(connection, fence, AttemptOutcome.CANCELED, **known)
                 return TaskStatus.CANCELED
             self._back_to_pending(connection, fence, delay_s=delay_s, bound_for_s=adopt_wait_s)
-            self._end_attempt(connection, fence, AttemptOutcome.HANDED_BACK, stray=True)
+            self._end_attempt(connection, fence, AttemptOutcome.HANDED_BACK, **known)
             return TaskStatus.PENDING
 
         return self._write(end)
@@ -562,14 +592,17 @@ class Running(Requests):
         held = set(self._read(lambda connection: connection.execute(query).scalars().all()))
         return held & set(keys)
 
-    def reap(self, lease: StaleLease, *, missed_s: float, max_lost: int) -> TaskStatus | None:
+    def reap(
+        self, lease: StaleLease, *, missed_s: float, max_lost: int, progress: float | None = None
+    ) -> TaskStatus | None:
         """
         Take a dead worker's task back, if its lease is still as stale as it was seen.
 
         Any number of sweepers may call this at once: one wins, the others get ``None``.
 
         Args:
-            max_lost: Losses after which the task fails instead.
+            max_lost: Losses after which the task fails instead: at the one after so many.
+            progress: How far the attempt was seen to be, if anybody knows.
 
         Returns:
             What became of the task, or ``None`` if the lease was renewed or taken meanwhile.
@@ -590,18 +623,19 @@ class Running(Requests):
             ).first()
             if found is None:
                 return None
+            known: dict[str, Any] = {"stray": True, "progress": progress}
             if row["cancel_requested_at"] is not None:
                 self._end_task(connection, fence, TaskStatus.CANCELED)
-                self._end_attempt(connection, fence, AttemptOutcome.CANCELED, stray=True)
+                self._end_attempt(connection, fence, AttemptOutcome.CANCELED, **known)
                 return TaskStatus.CANCELED
             losses = row["losses"] + 1
             if losses > max_lost:
                 self._end_task(connection, fence, TaskStatus.FAILED, error=WORKER_LOST, losses=losses)
-                self._end_attempt(connection, fence, AttemptOutcome.LOST, error=WORKER_LOST, stray=True)
+                self._end_attempt(connection, fence, AttemptOutcome.LOST, error=WORKER_LOST, **known)
                 return TaskStatus.FAILED
             delay = LOSS_BACKOFF_S[min(losses, len(LOSS_BACKOFF_S)) - 1]
             self._back_to_pending(connection, fence, delay_s=delay, bound_for_s=0.0, losses=losses)
-            self._end_attempt(connection, fence, AttemptOutcome.LOST, stray=True)
+            self._end_attempt(connection, fence, AttemptOutcome.LOST, **known)
             return TaskStatus.PENDING
 
         return self._write(take_back)
@@ -618,7 +652,7 @@ class Running(Requests):
         stray, task, attempt = t.strays.c, t.tasks.c, t.attempts.c
         query = (
             sa.select(stray.server, stray.prompt_id, stray.task_id, stray.attempt)
-            .join(t.tasks, task.id == stray.task_id)
+            .outerjoin(t.tasks, task.id == stray.task_id)
             .outerjoin(
                 t.attempts,
                 sa.and_(
@@ -628,6 +662,7 @@ class Running(Requests):
             .where(
                 stray.server.in_(list(servers)),
                 sa.or_(
+                    task.id.is_(None),  # deleted since
                     task.completed_at.is_not(None),
                     sa.and_(
                         task.status == TaskStatus.PENDING,
@@ -758,6 +793,8 @@ class Running(Requests):
         *,
         error: ErrorInfo | None = None,
         stray: bool = False,
+        progress: float | None = None,
+        stored: bool = True,
     ) -> None:
         row = connection.execute(
             sa.update(t.attempts)
@@ -766,6 +803,7 @@ class Running(Requests):
                 ended_at=now(),
                 outcome=outcome,
                 error=error.as_dict() if error is not None else sa.null(),
+                progress=progress,
             )
             .returning(t.attempts.c.server, t.attempts.c.prompt_id)
         ).first()
@@ -781,6 +819,17 @@ class Running(Requests):
                     since=now(),
                 )
                 .on_conflict_do_nothing()
+            )
+        if stored and row is not None and outcome is not AttemptOutcome.COMPLETED:
+            # It may be uploading even now, if it only lost its lease: hence the passes, and their times.
+            connection.execute(
+                sa.insert(t.removals).values(
+                    id=new_id(),
+                    task_id=fence.task_id,
+                    attempt=fence.attempt,
+                    ended_at=now(),
+                    due_at=after(REMOVAL_PASSES_S[0]),
+                )
             )
 
     def _update_task(self, connection: sa.Connection, fence: Fence, **values: Any) -> bool:

@@ -25,7 +25,9 @@ __all__ = [
     "leases",
     "metadata",
     "outputs",
+    "removals",
     "strays",
+    "task_inputs",
     "tasks",
     "workers",
 ]
@@ -89,6 +91,8 @@ tasks = sa.Table(
         "(status IN ('completed', 'failed', 'canceled')) = (completed_at IS NOT NULL)", name="final_has_end"
     ),
     sa.Index("ix_tasks_owner_id", "owner", "id"),
+    sa.Index("ix_tasks_owner_status_id", "owner", "status", "id"),
+    sa.Index("ix_tasks_retry_of", "retry_of", **_live("retry_of IS NOT NULL")),
     sa.Index(
         "ix_tasks_outbox",
         "queue",
@@ -140,6 +144,7 @@ attempts = sa.Table(
     sa.Column("ended_at", Timestamp),
     sa.Column("outcome", sa.String(20)),
     sa.Column("error", sa.JSON),
+    sa.Column("progress", sa.Float),
     sa.Index("ix_attempts_running", "server", **_live("ended_at IS NULL AND server IS NOT NULL")),
 )
 
@@ -158,12 +163,13 @@ leases = sa.Table(
     postgresql_with={"fillfactor": "50"},
 )
 
+# A stray outlives its task's row: its prompt may still be on a server when the task is deleted.
 strays = sa.Table(
     "strays",
     metadata,
     sa.Column("server", sa.String(200), primary_key=True),
     sa.Column("prompt_id", _Id, primary_key=True),
-    sa.Column("task_id", _Id, sa.ForeignKey("tasks.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("task_id", _Id, nullable=False, index=True),
     sa.Column("attempt", sa.Integer, nullable=False),
     sa.Column("since", Timestamp, nullable=False),
 )
@@ -196,7 +202,36 @@ assets = sa.Table(
     sa.Column("size_bytes", sa.BigInteger, nullable=False),
     sa.Column("sha256", sa.String(64), nullable=False),
     sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column("uploaded_again_at", Timestamp),
     sa.Index("ix_assets_owner_id", "owner", "id"),
+    sa.Index("ix_assets_created_at", "created_at"),
+    sa.Index("ix_assets_owner_sha256_name", "owner", "sha256", "name", unique=True),
+)
+
+# Which assets and which other tasks' outputs a task needs: what is named here is not retired.
+task_inputs = sa.Table(
+    "task_inputs",
+    metadata,
+    sa.Column("task_id", _Id, sa.ForeignKey("tasks.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("source_id", _Id, primary_key=True, index=True),
+)
+
+# Bytes to delete: all of a deleted task's, what an ended attempt stored, or one asset's key. A row is
+# written in the transaction that made the bytes nobody's, so that no crash leaves bytes behind.
+removals = sa.Table(
+    "removals",
+    metadata,
+    sa.Column("id", _Id, primary_key=True),
+    sa.Column("task_id", _Id, index=True),
+    sa.Column("attempt", sa.Integer),
+    sa.Column("key", sa.Text),
+    sa.Column("owner", sa.String(200)),
+    # When the last writer of these bytes ended: a late one may be as much later as it was frozen.
+    sa.Column("ended_at", Timestamp, nullable=False),
+    # NULL: nothing is left to do; the row of a deleted task stays a while to say that it was deleted.
+    sa.Column("due_at", Timestamp),
+    sa.Index("ix_removals_due", "due_at", **_live("due_at IS NOT NULL")),
+    sa.Index("ix_removals_done", "ended_at", **_live("due_at IS NULL")),
 )
 
 idempotency_keys = sa.Table(

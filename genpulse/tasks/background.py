@@ -54,7 +54,7 @@ class Background:
         self._view = RunwayView(redis_client(settings.redis_url.get_secret_value(), timeout_s=1.0))
         # The sweeper's own relay and producer: two threads never share one.
         others = Relay(self.ledger, Producer(settings), max_running=settings.max_running)
-        self._sweeper = Sweeper(settings, self.ledger, others, self._view)
+        self._sweeper = Sweeper(settings, self.ledger, others, self._view, self._live)
         self._ear = Ear(settings.redis_url.get_secret_value(), self._heard)
         self._threads = [
             threading.Thread(target=self._relay_loop, name="genpulse-relay", daemon=True),

@@ -56,11 +56,13 @@ from genpulse.model import (
     OutputKind,
     Task,
     TaskStatus,
+    output_prefix,
 )
 from genpulse.storage import StorageProvider
 from genpulse.tasks import queues, wiring
 from genpulse.tasks.drain import is_draining
 from genpulse.tasks.heartbeat import Heartbeat, Signals
+from genpulse.tasks.inputs import is_url, open_url
 from genpulse.tasks.presence import open_pool
 from genpulse.tasks.registry import Registry, default_registry
 from genpulse.tasks.retry import backoff_s
@@ -171,6 +173,11 @@ class AttemptContext:
             self._told_at = time.monotonic()
             self.live.publish_progress(self.task.id, self.claim.fence.attempt, self._percent, detail)
 
+    @property
+    def traces(self) -> dict[str, Any]:
+        """What the last write notes of an attempt that did not complete: how far it came, what it stored."""
+        return {"progress": self._percent or None, "stored": self._stored > 0}
+
     def mark_running(self) -> None:
         """Rendering has begun: the clock of ``timeout_s`` runs, once for a prompt."""
         if self._running_since is None:
@@ -209,12 +216,16 @@ class AttemptContext:
     @contextlib.contextmanager
     def open_input(self, reference: str) -> Iterator[BinaryIO]:
         """
-        Open a file that the task's owner has: ``asset:<id>`` or ``output:<task id>/<index>``.
+        Open an input: ``asset:<id>`` or ``output:<task id>/<index>`` of the task's owner, or a URL.
 
         Raises:
-            InputRejected: The owner has no such file (any more).
-            StorageUnavailable: Not readable just now.
+            InputRejected: The owner has no such file (any more), or the URL leads to nothing usable.
+            InputUnavailable, StorageUnavailable: Not readable just now.
         """
+        if is_url(reference):
+            with open_url(self.settings, reference, self.check) as stream:
+                yield stream
+            return
         key = self._input_key(reference)
         try:
             with self.storage.open(key) as stream:
@@ -266,7 +277,7 @@ class AttemptContext:
         index = self._stored
         self._stored += 1
         safe = safe_name(name, f"output-{index}")
-        key = f"outputs/{self.task.id}/{self.claim.fence.attempt}/{index:04d}-{safe}"
+        key = f"{output_prefix(self.task.id, self.claim.fence.attempt)}{index:04d}-{safe}"
         began = time.monotonic()
         for pause in (*_STORE_TRIES_S, None):
             self.check()
@@ -418,7 +429,7 @@ class Runner:
             return self._write(
                 context,
                 lambda: self.ledger.hand_back(
-                    context.claim.fence, adopt_wait_s=None, delay_s=NO_SERVER_DELAY_S
+                    context.claim.fence, adopt_wait_s=None, delay_s=NO_SERVER_DELAY_S, **context.traces
                 ),
             )
         except Retryable as error:
@@ -440,7 +451,8 @@ class Runner:
             context.log.info("task_handed_back", reason="draining")
             wait_s = self.settings.adopt_wait_s
             return self._write(
-                context, lambda: self.ledger.hand_back(context.claim.fence, adopt_wait_s=wait_s)
+                context,
+                lambda: self.ledger.hand_back(context.claim.fence, adopt_wait_s=wait_s, **context.traces),
             )
         status = TaskStatus.CANCELED if isinstance(stop, TaskCanceled) else TaskStatus.FAILED
         context.log.info("task_stopped", code=stop.code)
@@ -463,6 +475,7 @@ class Runner:
                 delay_s=delay_s,
                 outcome=outcome,
                 leaves_prompt=context.leaves_prompt,
+                **context.traces,
             ),
         )
 
@@ -490,6 +503,7 @@ class Runner:
                 run_s=context.run_s,
                 store_s=context.store_s,
                 leaves_prompt=context.leaves_prompt,
+                **context.traces,
             )
 
         return self._write(context, write)

@@ -19,7 +19,8 @@ import structlog
 from genpulse.config import Settings
 from genpulse.errors import LedgerUnavailable
 from genpulse.ledger import Dispatch, Ledger, SessionProbe
-from genpulse.model import WorkerInfo
+from genpulse.live import Live
+from genpulse.model import Fence, WorkerInfo
 from genpulse.tasks import queues
 from genpulse.tasks.producer import BrokerUnavailable, Epoch, RunwayView
 from genpulse.tasks.relay import Relay
@@ -51,11 +52,19 @@ class Swept:
 class Sweeper:
     """One pass is :meth:`sweep`. Not for sharing between threads."""
 
-    def __init__(self, settings: Settings, ledger: Ledger, relay: Relay, view: RunwayView) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        ledger: Ledger,
+        relay: Relay,
+        view: RunwayView,
+        live: Live | None = None,
+    ) -> None:
         self._settings = settings
         self._ledger = ledger
         self._relay = relay
         self._view = view
+        self._live = live
         self._probe = SessionProbe(ledger)
         self._connected_since: float | None = None
         self._pinged_at: dt.datetime | None = None
@@ -138,7 +147,12 @@ class Sweeper:
         for lease in stale:
             if lease.session_key in alive and not lease.expired:
                 continue
-            status = self._ledger.reap(lease, missed_s=missed_s, max_lost=self._settings.max_lost)
+            status = self._ledger.reap(
+                lease,
+                missed_s=missed_s,
+                max_lost=self._settings.max_lost,
+                progress=self._last_seen(lease.fence),
+            )
             if status is not None:
                 reaped += 1
                 log.warning(
@@ -149,6 +163,12 @@ class Sweeper:
                     now=str(status),
                 )
         return reaped
+
+    def _last_seen(self, fence: Fence) -> float | None:
+        """How far a dead worker's attempt was, if Redis still knows: nobody else can tell any more."""
+        known = self._live.progress(fence.task_id) if self._live is not None else None
+        percent = known.get("percent") if known and known.get("attempt") == fence.attempt else None
+        return float(percent) if isinstance(percent, int | float) and 0 < percent <= 100 else None
 
     def _reconcile(self) -> int:
         """

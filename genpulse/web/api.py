@@ -7,6 +7,7 @@ is, within 50 ms; nothing waits for it and nothing depends on it.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 import json
@@ -214,21 +215,31 @@ def upload_asset() -> Response:
     here = service()
     owner = access.owner()
     with read_upload(here.settings.max_upload_bytes) as upload:
-        # Under its digest: a repeated upload, or one whose record failed to be written, is the same object.
-        key = f"assets/{owner}/{upload.sha256}{upload.extension}"
-        here.storage.upload_file(key, upload.stream, content_type=upload.content_type, filename=upload.name)
-    asset = here.ledger.add_asset(
-        owner=owner,
-        key=key,
-        name=upload.name,
-        content_type=upload.content_type,
-        size_bytes=upload.size_bytes,
-        sha256=upload.sha256,
-    )
+        asset = here.ledger.reuse_asset(
+            owner=owner, name=upload.name, content_type=upload.content_type, sha256=upload.sha256
+        )
+        if asset is None:
+            asset_id, key = here.ledger.expect_asset(owner, upload.sha256, upload.extension)
+            here.storage.upload_file(
+                key, upload.stream, content_type=upload.content_type, filename=upload.name
+            )
+            asset = here.ledger.add_asset(
+                asset_id=asset_id,
+                owner=owner,
+                key=key,
+                name=upload.name,
+                content_type=upload.content_type,
+                size_bytes=upload.size_bytes,
+                sha256=upload.sha256,
+            )
+        elif not _is_stored(asset.key):  # somebody took the bytes away; here they are again
+            here.storage.upload_file(
+                asset.key, upload.stream, content_type=upload.content_type, filename=upload.name
+            )
     url = (
-        here.storage.get_url(key, filename=asset.name)
+        here.storage.get_url(asset.key, filename=asset.name)
         if here.storage.signs_urls
-        else _link("read_asset", key=key)
+        else _link("read_asset", key=asset.key)
     )
     view = schemas.AssetView(
         id=asset.id,
@@ -412,6 +423,12 @@ def _stored(output: Output) -> Response:
         signed = here.storage.get_url(output.key, filename=output.name, content_type=output.content_type)
         return Response(status=302, headers={"Location": signed, "Cache-Control": "no-store"})
     return _send(output.key, output.content_type, output.size_bytes, output.sha256, output.name)
+
+
+def _is_stored(key: str) -> bool:
+    with contextlib.suppress(ObjectNotFound):
+        return service().storage.stat(key).key == key
+    return False
 
 
 def _send(key: str, content_type: str, size_bytes: int, sha256: str, name: str) -> Response:

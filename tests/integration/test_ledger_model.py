@@ -108,6 +108,7 @@ class TaskLife(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         run_sql(self.ledger, sa.delete(t.tasks))
+        run_sql(self.ledger, sa.delete(t.strays))
         self.lives: list[Life] = []
         self.claims: list[Held] = []
         self.finals: dict[str, tuple[Any, ...]] = {}

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from genpulse.model import NewOutput, OutputKind, TaskStatus
+from tests.support.ledger import at_once
 
 PNG = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + b"\0" * 100
 CONTENT = bytes(range(256)) * 40
 FORM = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
 
 
-def upload(api: Any, content: bytes, name: str = "a.png", **more: Any) -> Any:
+def upload(api: Any, content: bytes, name: str = "a.png", *, client: Any = None, **more: Any) -> Any:
     """POST one file."""
-    return api.client.post("/storage/upload", data={"file": (io.BytesIO(content), name)}, **more)
+    return (client or api.client).post("/storage/upload", data={"file": (io.BytesIO(content), name)}, **more)
 
 
 def stored_output(api: Any, content: bytes, content_type: str = "image/png", name: str = "a.png") -> str:
@@ -54,7 +55,7 @@ def test_an_upload_is_stored_under_its_digest(api: Any) -> None:
     asset = answer.json
     digest = hashlib.sha256(PNG).hexdigest()
     assert answer.status_code == 201
-    assert asset["key"] == f"assets/default/{digest}.png"
+    assert asset["key"] == f"assets/default/{digest}/{asset['id']}.png"
     assert (asset["sha256"], asset["size_bytes"], asset["name"]) == (digest, len(PNG), "ü.png")
     assert answer.headers["Location"] == asset["url"]
     assert api.client.get(asset["url"]).data == PNG
@@ -64,7 +65,33 @@ def test_an_upload_is_stored_under_its_digest(api: Any) -> None:
 def test_the_same_upload_twice_is_one_asset(api: Any) -> None:
     """A caller may repeat an upload whose answer got lost."""
     assert upload(api, PNG).json["id"] == upload(api, PNG).json["id"]
-    assert api.rows("assets") == 1
+    assert api.rows("assets") == len(list(api.service.storage.keys())) == 1
+
+
+def test_the_same_bytes_under_two_names_are_stored_once(api: Any) -> None:
+    """Each name is an asset of its own; they share the object."""
+    one, other = upload(api, PNG, "a.png").json, upload(api, PNG, "b.png").json
+
+    assert one["id"] != other["id"]
+    assert (one["key"], other["name"]) == (other["key"], "b.png")
+    assert len(list(api.service.storage.keys())) == 1
+
+
+def test_many_uploads_of_the_same_file_at_once_are_one_asset(api: Any) -> None:
+    """Whoever comes first is recorded; what the others stored meanwhile is noted for removal."""
+    found = at_once(4, lambda _: upload(api, PNG, client=api.app.test_client()).json)
+
+    assert len({asset["id"] for asset in found}) == api.rows("assets") == 1
+    assert api.rows("removals") == len(list(api.service.storage.keys())) - 1
+
+
+def test_a_repeated_upload_brings_lost_bytes_back(api: Any) -> None:
+    """The record alone is no file: whoever sends the bytes again gets them stored again."""
+    asset = upload(api, PNG).json
+    api.service.storage.delete_file(asset["key"])
+
+    assert upload(api, PNG).json["id"] == asset["id"]
+    assert api.client.get(asset["url"]).data == PNG
 
 
 @pytest.mark.parametrize(
