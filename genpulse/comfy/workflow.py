@@ -21,6 +21,7 @@ from typing import Any, Literal, NoReturn, TypeAlias
 from genpulse.errors import InvalidRequest
 
 __all__ = [
+    "Bindings",
     "InputTarget",
     "MediaInput",
     "Workflow",
@@ -151,19 +152,60 @@ def bind(workflow: Mapping[str, Any], inputs: Mapping[str, Any], *, pointer: str
     Raises:
         InvalidRequest: ``unknown_input`` with the names that exist, or ``invalid_request``.
     """
-    values: dict[tuple[str, str], Any] = {}
-    given: dict[tuple[str, str], str] = {}
-    for name, value in inputs.items():
-        where = f"{pointer}/{_escape(str(name))}"
-        target = _find(workflow, name, where)
-        place = (target.node_id, target.field)
-        _check_value(workflow[target.node_id]["inputs"][target.field], value, name, where)
-        if place in given:
-            detail = f'"{given[place]}" and "{name}" both set {target.node_id}.{target.field}'
-            raise InvalidRequest("invalid_request", detail, [(where, detail)])
-        values[place] = value
-        given[place] = name
-    return replace_values(workflow, values)
+    return replace_values(workflow, Bindings(workflow).values(inputs, pointer=pointer))
+
+
+class Bindings:
+    """
+    The inputs of one workflow by name, looked up once for any number of sets of values.
+
+    Args:
+        workflow: Checked by :func:`load`; not changed while this is used.
+    """
+
+    def __init__(self, workflow: Mapping[str, Any]) -> None:
+        self.workflow = workflow
+        self._plain: tuple[dict[str, InputTarget], dict[str, str]] | None = None
+
+    def values(self, inputs: Mapping[str, Any], *, pointer: str = "") -> dict[tuple[str, str], Any]:
+        """
+        The values by ``(node_id, field)``, for :func:`replace_values`.
+
+        Raises:
+            InvalidRequest: As :func:`bind`.
+        """
+        values: dict[tuple[str, str], Any] = {}
+        given: dict[tuple[str, str], str] = {}
+        for name, value in inputs.items():
+            where = f"{pointer}/{_escape(str(name))}"
+            target = self._find(name, where)
+            place = (target.node_id, target.field)
+            _check_value(self.workflow[target.node_id]["inputs"][target.field], value, name, where)
+            if place in given:
+                detail = f'"{given[place]}" and "{name}" both set {target.node_id}.{target.field}'
+                raise InvalidRequest("invalid_request", detail, [(where, detail)])
+            values[place] = value
+            given[place] = name
+        return values
+
+    def _find(self, name: str, where: str) -> InputTarget:
+        for target in _dotted(self.workflow, name):
+            value = self.workflow[target.node_id]["inputs"].get(target.field, _MISSING)
+            if _is_link(value):
+                detail = f'"{name}" is a link to node {value[0]}; links are never overwritten'
+                raise InvalidRequest("invalid_request", detail, [(where, detail)])
+            if value is not _MISSING:
+                return target
+        if self._plain is None:
+            self._plain = _plain_names(self.workflow)
+        names, reasons = self._plain
+        if name in names:
+            return names[name]
+        if name in reasons:
+            detail = f'"{name}" is ambiguous: {reasons[name]}'
+        else:
+            detail = f'there is no input "{name[:100]}"; {_what_exists(self.workflow, names)}'
+        raise InvalidRequest("unknown_input", detail, [(where, detail)])
 
 
 def replace_values(workflow: Mapping[str, Any], values: Mapping[tuple[str, str], Any]) -> Workflow:
@@ -499,24 +541,6 @@ def _alternatives(workflow: Mapping[str, Any], node_ids: Collection[str]) -> str
         if not _is_link(value)
     ]
     return " or ".join([", ".join(fields[:-1]), fields[-1]] if len(fields) > 1 else fields)
-
-
-def _find(workflow: Mapping[str, Any], name: str, where: str) -> InputTarget:
-    for target in _dotted(workflow, name):
-        value = workflow[target.node_id]["inputs"].get(target.field, _MISSING)
-        if _is_link(value):
-            detail = f'"{name}" is a link to node {value[0]}; links are never overwritten'
-            raise InvalidRequest("invalid_request", detail, [(where, detail)])
-        if value is not _MISSING:
-            return target
-    names, reasons = _plain_names(workflow)
-    if name in names:
-        return names[name]
-    if name in reasons:
-        detail = f'"{name}" is ambiguous: {reasons[name]}'
-    else:
-        detail = f'there is no input "{name[:100]}"; {_what_exists(workflow, names)}'
-    raise InvalidRequest("unknown_input", detail, [(where, detail)])
 
 
 _MISSING = object()

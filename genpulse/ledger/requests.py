@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -140,6 +141,17 @@ def _output_from_row(row: sa.RowMapping) -> Output:
         height=row["height"],
         index=row["index"],
     )
+
+
+def _in_parts(ids: Iterable[str]) -> Iterator[list[str]]:
+    """Some ids at a time, for the databases bound how many a statement may name."""
+    ordered = sorted(ids)
+    for start in range(0, len(ordered), 500):
+        yield ordered[start : start + 500]
+
+
+def _all(query: sa.Select[Any], connection: sa.Connection) -> Sequence[Any]:
+    return connection.execute(query).all()
 
 
 class Requests(Keys):
@@ -282,7 +294,7 @@ class Requests(Keys):
         Args:
             owner: If given, somebody else's task is as unknown as one that does not exist.
         """
-        if not _is_id(task_id):
+        if not _is_id(task_id := task_id.lower()):
             return None
 
         def read(connection: sa.Connection) -> Task | None:
@@ -607,11 +619,33 @@ class Requests(Keys):
 
     def get_asset(self, asset_id: str, owner: str) -> Asset | None:
         """An owner's asset by id."""
-        if not _is_id(asset_id):
+        if not _is_id(asset_id := asset_id.lower()):
             return None
         query = sa.select(t.assets).where(t.assets.c.id == asset_id, t.assets.c.owner == owner)
         row = self._read(lambda connection: connection.execute(query).mappings().first())
         return None if row is None else _asset_from_row(row)
+
+    def known_assets(self, owner: str, asset_ids: Collection[str]) -> set[str]:
+        """Which of these ids are assets of this owner."""
+        asset = t.assets.c
+        found: set[str] = set()
+        for some in _in_parts(filter(_is_id, asset_ids)):
+            query = sa.select(asset.id).where(asset.owner == owner, asset.id.in_(some))
+            found.update(row.id for row in self._read(functools.partial(_all, query)))
+        return found
+
+    def known_outputs(self, owner: str, outputs: Collection[tuple[str, int]]) -> set[tuple[str, int]]:
+        """Which of these ``(task id, index)`` are outputs of this owner's tasks."""
+        found: set[tuple[str, int]] = set()
+        for some in _in_parts({task_id for task_id, _ in outputs if _is_id(task_id)}):
+            query = (
+                sa.select(t.outputs.c.task_id, t.outputs.c.index)
+                .join(t.tasks, t.tasks.c.id == t.outputs.c.task_id)
+                .where(t.tasks.c.owner == owner, t.outputs.c.task_id.in_(some))
+            )
+            rows = self._read(functools.partial(_all, query))
+            found.update((row.task_id, row.index) for row in rows)
+        return found & set(outputs)
 
     def find_asset(self, key: str) -> Asset | None:
         """An asset by its storage key; the oldest, where several share the object."""

@@ -12,7 +12,8 @@ import functools
 import importlib.metadata
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import pydantic
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "ENTRY_POINTS",
     "BaseHandler",
+    "Checked",
     "Registry",
     "RegistryError",
     "default_registry",
@@ -43,6 +45,19 @@ H = TypeVar("H", bound="type[BaseHandler]")
 
 class RegistryError(Exception):
     """A handler cannot be used. Stops the start; its text names the plug-in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """Validated params, and what they name outside themselves."""
+
+    params: dict[str, Any]
+    assets: tuple[str, ...] = ()
+    """Ids of uploaded files."""
+    outputs: tuple[tuple[str, int], ...] = ()
+    """Outputs of other tasks, as ``(task id, index)``."""
+    urls: tuple[tuple[str, str], ...] = ()
+    """Web addresses, as ``(JSON pointer, URL)``."""
 
 
 class BaseHandler(ABC):
@@ -96,6 +111,30 @@ class BaseHandler(ABC):
     def referenced_urls(self, params: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
         """Web addresses the worker will fetch for validated *params*, as ``(JSON pointer, URL)``."""
         return ()
+
+    def check(self, params: Mapping[str, Any]) -> Checked:
+        """
+        All of the above for one task.
+
+        Raises:
+            InvalidRequest: As :meth:`validate_params`.
+        """
+        checked = self.validate_params(params)
+        return Checked(
+            checked,
+            assets=self.referenced_assets(checked),
+            outputs=self.referenced_outputs(checked),
+            urls=self.referenced_urls(checked),
+        )
+
+    def checker(self) -> Callable[[Mapping[str, Any]], Checked]:
+        """
+        A :meth:`check` for the tasks of one batch, which may remember what they have in common.
+
+        The tasks of a batch share large parts as the very same objects; a subclass whose params are
+        large returns a function that checks such a part once, and hands the same object on.
+        """
+        return self.check
 
     @abstractmethod
     def execute(self, task: Task, context: AttemptContext) -> tuple[NewOutput, ...]:

@@ -7,19 +7,26 @@ that also spoke to Redis would be three times slower, and would hang when Redis 
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import datetime as dt
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from genpulse.config import Settings
 from genpulse.errors import InvalidRequest, UnsafeUrl
-from genpulse.ledger import Ledger
-from genpulse.model import NewTask, Priority, Task
+from genpulse.ledger import Ledger, SourceGone
+from genpulse.model import NewTask, Priority, Task, TaskStatus
 from genpulse.tasks.inputs import open_egress
-from genpulse.tasks.registry import Registry
+from genpulse.tasks.registry import Checked, Registry
 
-__all__ = ["accept", "body_digest"]
+__all__ = ["Refused", "Retries", "accept", "body_digest", "prepare", "retry", "retry_matching"]
+
+_RETRY_BATCH = 100
+"""Tasks recorded in one transaction of a retry in bulk."""
 
 
 def accept(  # the parts, the words, and who says them
@@ -49,30 +56,205 @@ def accept(  # the parts, the words, and who says them
         IdempotencyConflict: The key was used with another body.
         LedgerUnavailable: Nothing is known to be recorded.
     """
-    if (callback_url := body.get("callback_url")) is not None:
-        _check_callback(settings, callback_url)
-    handler = registry.get(body["task_type"])
-    params = handler.validate_params(body["params"])
-    _check_urls(settings, handler.referenced_urls(params))
-    _find_references(ledger, owner, handler.referenced_assets(params), handler.referenced_outputs(params))
-    new = NewTask(
-        task_type=handler.task_type,
-        queue=handler.queue,
-        params=params,
-        owner=owner,
-        priority=Priority(body.get("priority") or Priority.NORMAL),
-        timeout_s=body.get("timeout_s") or settings.timeout_s,
-        expires_in_s=body.get("expires_in_s"),
-        max_attempts=body.get("max_attempts") or settings.max_attempts,
-        metadata=body.get("metadata") or {},
-        callback_url=callback_url,
+    (new,) = prepare(ledger, registry, settings, [body], owner=owner)
+    return _record(ledger, settings, new, idempotency_key, body_hash or body_digest(body))
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A task that cannot be sent again, and why, in the words of a problem document."""
+
+    task_id: str
+    code: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Retries:
+    """What a retry in bulk did, or would do."""
+
+    matched: tuple[str, ...]
+    """The tasks that the filter found, oldest first."""
+    made: tuple[Task, ...]
+    """The new tasks; each says by ``retry_of`` of what."""
+    refused: tuple[Refused, ...]
+    more: bool
+    """Whether the filter finds further ones behind these."""
+
+
+def retry(
+    ledger: Ledger,
+    registry: Registry,
+    settings: Settings,
+    task: Task,
+    *,
+    idempotency_key: str | None = None,
+) -> tuple[Task, bool]:
+    """
+    Record a final task once more, as a new one with ``retry_of``; the old one stays as it is.
+
+    It is checked as if it were sent now: its files must still be there. An expiry time is not taken
+    over, for it was counted from the first submission.
+
+    Returns:
+        As :func:`accept`.
+
+    Raises:
+        InvalidRequest: ``not_final``; ``missing_asset``; or what else :func:`accept` says by now.
+        IdempotencyConflict: The key was used for something else.
+    """
+    if not task.status.is_final:
+        sentence = f"The task is {task.status}; only a final one can be sent again."
+        raise InvalidRequest("not_final", sentence)
+    new = _again(ledger, registry, settings, task)
+    return _record(ledger, settings, new, idempotency_key, body_digest({"retry_of": task.id}))
+
+
+def retry_matching(  # each is one filter
+    ledger: Ledger,
+    registry: Registry,
+    settings: Settings,
+    *,
+    owner: str,
+    status: TaskStatus = TaskStatus.FAILED,
+    error_code: str | None = None,
+    task_type: str | None = None,
+    created_after: dt.datetime | None = None,
+    created_before: dt.datetime | None = None,
+    after_id: str | None = None,
+    again: bool = False,
+    limit: int = 100,
+    dry_run: bool = False,
+) -> Retries:
+    """
+    Send again what a filter finds, in bounded transactions, the oldest first.
+
+    A task that has a retry is left alone unless *again* is asked for, so that this may be repeated,
+    also after a lost answer, and done by many at once.
+
+    Args:
+        after_id: The last of ``matched`` of the call before.
+        dry_run: Record nothing; ``matched`` and ``refused`` say what would happen.
+    """
+    if task_type is not None and task_type in registry:
+        task_type = registry.get(task_type).task_type
+    found = ledger.retryable(
+        owner,
+        status=status,
+        error_code=error_code,
+        task_type=task_type,
+        created_after=created_after,
+        created_before=created_before,
+        after_id=after_id,
+        again=again,
+        limit=limit + 1,
     )
-    return ledger.submit(
-        new,
-        idempotency_key=idempotency_key,
-        body_hash=body_hash or body_digest(body),
-        idempotency_ttl_s=settings.idempotency_ttl_s,
-    )
+    more, found = len(found) > limit, found[:limit]
+    made: list[Task] = []
+    refused: list[Refused] = []
+    for start in range(0, len(found), _RETRY_BATCH):
+        batch: list[NewTask] = []
+        for task in found[start : start + _RETRY_BATCH]:
+            try:
+                batch.append(_again(ledger, registry, settings, task))
+            except InvalidRequest as error:
+                refused.append(Refused(task.id, error.problem, error.detail))
+        if not dry_run:
+            made += ledger.retry_all(batch, again=again)
+    return Retries(tuple(task.id for task in found), tuple(made), tuple(refused), more)
+
+
+def _again(ledger: Ledger, registry: Registry, settings: Settings, task: Task) -> NewTask:
+    """The same request as *task* was; checked anew, for handlers, files and settings change."""
+    body = {
+        "task_type": task.task_type,
+        "params": task.params,
+        "priority": task.priority,
+        "timeout_s": task.timeout_s,
+        "max_attempts": task.max_attempts,
+        "metadata": task.metadata,
+        "callback_url": task.callback_url,
+    }
+    (new,) = prepare(ledger, registry, settings, [body], owner=task.owner)
+    return dataclasses.replace(new, retry_of=task.id)
+
+
+def _record(
+    ledger: Ledger, settings: Settings, new: NewTask, idempotency_key: str | None, body_hash: str
+) -> tuple[Task, bool]:
+    try:
+        return ledger.submit(
+            new,
+            idempotency_key=idempotency_key,
+            body_hash=body_hash,
+            idempotency_ttl_s=settings.idempotency_ttl_s,
+        )
+    except SourceGone as error:
+        sentence = "Something that the task needs was deleted just now."
+        raise InvalidRequest("missing_asset", sentence, [("/params", sentence)]) from error
+
+
+def prepare(
+    ledger: Ledger,
+    registry: Registry,
+    settings: Settings,
+    bodies: Sequence[Mapping[str, Any]],
+    *,
+    owner: str,
+    pointers: Sequence[str] = ("",),
+) -> list[NewTask]:
+    """
+    Check requests and make tasks of them, without recording anything.
+
+    Parts that the params of several requests share as the same object are checked once, and shared by
+    the results.
+
+    Args:
+        bodies: As for :func:`accept`.
+        pointers: Where each request stands in what the caller sent, put before the pointers of errors.
+
+    Raises:
+        InvalidRequest: About the first request that makes no task.
+    """
+    checkers: dict[str, Callable[[Mapping[str, Any]], Checked]] = {}
+    prepared: list[tuple[NewTask, Checked]] = []
+    for body, pointer in zip(bodies, pointers, strict=True):
+        with _pointing_below(pointer):
+            if (callback_url := body.get("callback_url")) is not None:
+                _check_callback(settings, callback_url)
+            handler = registry.get(body["task_type"])
+            check = checkers.setdefault(handler.task_type, handler.checker())
+            checked = check(body["params"])
+            _check_urls(settings, checked.urls)
+            new = NewTask(
+                task_type=handler.task_type,
+                queue=handler.queue,
+                params=checked.params,
+                owner=owner,
+                priority=Priority(body.get("priority") or Priority.NORMAL),
+                timeout_s=body.get("timeout_s") or settings.timeout_s,
+                expires_in_s=body.get("expires_in_s"),
+                max_attempts=body.get("max_attempts") or settings.max_attempts,
+                metadata=body.get("metadata") or {},
+                callback_url=callback_url,
+                assets=frozenset(checked.assets),
+                source_tasks=frozenset(task_id for task_id, _ in checked.outputs),
+            )
+        prepared.append((new, checked))
+    _find_references(ledger, owner, [checked for _, checked in prepared], pointers)
+    return [new for new, _ in prepared]
+
+
+@contextlib.contextmanager
+def _pointing_below(pointer: str) -> Iterator[None]:
+    """Errors of one of several requests say which one."""
+    try:
+        yield
+    except InvalidRequest as error:
+        if not pointer:
+            raise
+        errors = [(pointer + where, what) for where, what in error.errors or [("", error.detail)]]
+        raise InvalidRequest(error.problem, f"{pointer}: {error.detail}", errors) from error
 
 
 def body_digest(body: Mapping[str, Any]) -> str:
@@ -102,21 +284,18 @@ def _check_urls(settings: Settings, urls: tuple[tuple[str, str], ...]) -> None:
         raise InvalidRequest("unsafe_url", f"{errors[0][0]}: {errors[0][1]}.", errors)
 
 
-def _find_references(
-    ledger: Ledger, owner: str, assets: tuple[str, ...], outputs: tuple[tuple[str, int], ...]
-) -> None:
+def _find_references(ledger: Ledger, owner: str, checked: Sequence[Checked], pointers: Sequence[str]) -> None:
     """Refuse what names a file that this owner does not have. Somebody else's is as missing as none."""
-    missing = [
-        f"asset:{asset_id}" for asset_id in dict.fromkeys(assets) if not _has_asset(ledger, asset_id, owner)
-    ]
-    for task_id, index in dict.fromkeys(outputs):
-        task = ledger.get(task_id, owner)
-        if task is None or not any(output.index == index for output in task.outputs):
-            missing.append(f"output:{task_id}/{index}")
-    if missing:
-        sentence = f"There is no {' and no '.join(missing)}."
-        raise InvalidRequest("missing_asset", sentence, [("/params", sentence)])
-
-
-def _has_asset(ledger: Ledger, asset_id: str, owner: str) -> bool:
-    return ledger.get_asset(asset_id, owner) is not None
+    assets = ledger.known_assets(owner, {each for one in checked for each in one.assets})
+    outputs = ledger.known_outputs(owner, {each for one in checked for each in one.outputs})
+    for one, pointer in zip(checked, pointers, strict=True):
+        missing = [f"asset:{each}" for each in dict.fromkeys(one.assets) if each not in assets]
+        missing += [
+            f"output:{task_id}/{index}"
+            for task_id, index in dict.fromkeys(one.outputs)
+            if (task_id, index) not in outputs
+        ]
+        if missing:
+            sentence = f"There is no {' and no '.join(missing)}."
+            with _pointing_below(pointer):
+                raise InvalidRequest("missing_asset", sentence, [("/params", sentence)])
