@@ -100,11 +100,21 @@ class PromptLost(ComfyUnavailable):
 class ServerStalled(ComfyUnavailable):
     """The server answers, yet our prompt made no progress for the stall limit."""
 
+    def __init__(self, message: str = "", *, stuck_on: str = "") -> None:
+        super().__init__(message)
+        self.stuck_on = stuck_on
+        """The prompt at the head of the server's queue that does not move, ours or another's."""
+
 
 class NoServer(Retryable):
     """No healthy ComfyUI server to run on. Handed back without being counted."""
 
     code = "server_lost"
+
+    def __init__(self, message: str = "", *, go_to: str | None = None) -> None:
+        super().__init__(message)
+        self.go_to = go_to
+        """A server of another worker that the task should go to, if there is one."""
 
 
 class OutOfMemory(Retryable):

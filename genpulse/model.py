@@ -271,6 +271,8 @@ class Claim:
     """Earlier attempts that may have left a prompt on a server, newest first."""
     deadline_at: dt.datetime | None = None
     """Set when an earlier attempt's prompt was already seen running."""
+    exhausted: frozenset[str] = frozenset()
+    """Servers whose memory did not suffice for this task in earlier attempts."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.cookiejar import DefaultCookiePolicy
 from typing import IO, Any, Self, cast
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -72,6 +72,8 @@ class Accepted:
     prompt_id: str
     number: float | None = None
     node_errors: Mapping[str, Any] = field(default_factory=dict)
+    repeated: bool = False
+    """It was posted twice, because the first answer was lost and the prompt was nowhere to be seen."""
 
     def raise_for_node_errors(self) -> None:
         """Raise :class:`WorkflowRejected` if the server left parts of the workflow out."""
@@ -311,7 +313,7 @@ class ComfyClient:
         accepted = self.submit(workflow, prompt_id=prompt_id, client_id=client_id, extra_data=extra_data)
         if self.look(prompt_id).copies > 1:
             self._post("/queue", {"delete": [prompt_id]})
-        return accepted
+        return replace(accepted, repeated=True)
 
     def queue(self, *, timeout_s: float | None = None) -> QueueSnapshot:
         """

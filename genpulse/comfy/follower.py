@@ -172,8 +172,9 @@ class Follower:
                 left alone.
             on_event: Gets this prompt's events in order, in this thread, and ``Running`` once when it
                 is first seen running. What it raises comes out too.
-            stall_s: How long a running prompt may say nothing. Counted only after something of
-                this prompt was heard, and only while the socket is open.
+            stall_s: How long a running prompt may say nothing. Counted only while the socket is
+                open, and only after something of this prompt was heard, or after a new socket was
+                greeted and not told what executes: a worker thread that lives tells that at once.
             poll_s: Between two looks while the socket says nothing.
 
         Raises:
@@ -300,10 +301,32 @@ class _Watch:
             self._mind_the_socket(now)
             if self._heard_at is not None and now - self._heard_at > self._stall_s:
                 msg = f"the prompt made no progress for {self._stall_s:g} s"
-                raise ServerStalled(msg)
+                raise ServerStalled(msg, stuck_on=self._prompt_id)
+            if self._is_dead_at_the_head(now):
+                msg = f"the server has said nothing of the prompt it runs for {self._stall_s:g} s"
+                raise ServerStalled(msg, stuck_on=self._prompt_id)
         heard_just_now = self._heard_at is not None and now - self._heard_at < 1.0
         poller.set_relaxed(heard_just_now and self._reader.connected)
         return None
+
+    def _is_dead_at_the_head(self, now: float) -> bool:
+        """
+        Whether the server's worker thread died with this prompt, which then "runs" for ever.
+
+        A deaf socket is silent too. But a server whose thread lives tells a new socket of the client
+        whose prompt runs, right after the greeting, which node executes; and it does so past the
+        queue that a socket nobody reads can block.
+        """
+        since, greeted_at = self._running_since, self._reader.greeted_at
+        return (
+            self._heard_on is None
+            and since is not None
+            and now - since > self._stall_s
+            and self._reader.connected
+            and greeted_at is not None
+            and greeted_at > since
+            and now - greeted_at > 1.0
+        )
 
     def _take_failure(self, error: ComfyUnavailable, poller: _Poller, asked_at: float, now: float) -> None:
         self._failing_since = asked_at if self._failing_since is None else self._failing_since
@@ -342,7 +365,7 @@ class _Watch:
             self._head, self._head_since = head, now
         elif now - self._head_since > 2 * self._stall_s:
             msg = f"the server's queue has not moved for {2 * self._stall_s:g} s"
-            raise ServerStalled(msg)
+            raise ServerStalled(msg, stuck_on=next(iter(head), ""))
 
     def _finish(self, now: float) -> Finished | None:
         """The history has the end. Results that exist on the socket alone may still be under way."""
@@ -531,6 +554,8 @@ class _Reader:
         self.generation = 0
         self.connected = False
         self.opened_at = 0.0
+        self.greeted_at: float | None = None
+        """When the open socket got its greeting, a ``status`` that names its client."""
         self.last_message_at = 0.0
         self._last_sign_at = 0.0
         self._pinged_at: float | None = None
@@ -638,6 +663,7 @@ class _Reader:
         now = time.monotonic()
         self._pinged_at = None
         self._executing = None
+        self.greeted_at = None
         self.opened_at = self.last_message_at = self._last_sign_at = now
         self._socket = socket
         return socket
@@ -689,6 +715,8 @@ class _Reader:
             self._bell.set()
             return
         event = parse_binary(data) if binary else parse_text(data)
+        if isinstance(event, Status) and event.sid is not None:
+            self.greeted_at = time.monotonic()
         if isinstance(event, Unknown | Status):
             return
         if isinstance(event, PreviewImage):

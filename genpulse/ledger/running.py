@@ -16,6 +16,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
+from genpulse.errors import OutOfMemory
 from genpulse.ledger import tables as t
 from genpulse.ledger.requests import CANCELED, Requests, attempt_from_row, new_id, task_from_row
 from genpulse.ledger.types import Timestamp, after, now
@@ -213,6 +214,11 @@ class Running(Requests):
                 and each.outcome.leaves_prompt
             ),
             deadline_at=row["deadline_at"],
+            exhausted=frozenset(
+                each.server
+                for each in earlier
+                if each.server is not None and each.error is not None and each.error.code == OutOfMemory.code
+            ),
         )
 
     def renew(self, claims: Collection[str], lease_s: float) -> dict[str, Beat]:
@@ -334,13 +340,12 @@ class Running(Requests):
             self._update_attempt(
                 connection, fence, server=server, prompt_id=prompt_id, client_id=client_id, submitted_at=now()
             )
+            # Also for a new prompt: the attempt may have had another one before, with a deadline of its own.
+            deadline = sa.select(t.tasks.c.deadline_at).where(t.tasks.c.id == fence.task_id).scalar_subquery()
+            connection.execute(
+                sa.update(t.leases).where(t.leases.c.claim == fence.claim).values(deadline_at=deadline)
+            )
             if adopted:
-                deadline = (
-                    sa.select(t.tasks.c.deadline_at).where(t.tasks.c.id == fence.task_id).scalar_subquery()
-                )
-                connection.execute(
-                    sa.update(t.leases).where(t.leases.c.claim == fence.claim).values(deadline_at=deadline)
-                )
                 connection.execute(
                     sa.delete(t.strays).where(t.strays.c.server == server, t.strays.c.prompt_id == prompt_id)
                 )
@@ -512,6 +517,7 @@ class Running(Requests):
         delay_s: float = 0.0,
         progress: float | None = None,
         stored: bool = True,
+        go_to: str | None = None,
     ) -> TaskStatus | None:
         """
         Give the task back uncounted; a prompt that was sent runs on, for the next worker to adopt.
@@ -521,6 +527,7 @@ class Running(Requests):
                 server has a prompt of it, any worker may have the task.
             delay_s: Wait before the next attempt, where one at once would find the same.
             progress, stored: As :meth:`finish`.
+            go_to: The server that shall have the task next, for as long as a live worker serves it.
 
         Returns:
             As :meth:`retry_later`.
@@ -535,7 +542,9 @@ class Running(Requests):
                 self._end_task(connection, fence, TaskStatus.CANCELED)
                 self._end_attempt(connection, fence, AttemptOutcome.CANCELED, **known)
                 return TaskStatus.CANCELED
-            self._back_to_pending(connection, fence, delay_s=delay_s, bound_for_s=adopt_wait_s)
+            self._back_to_pending(
+                connection, fence, delay_s=delay_s, bound_for_s=0.0 if go_to else adopt_wait_s, bind_to=go_to
+            )
             self._end_attempt(connection, fence, AttemptOutcome.HANDED_BACK, **known)
             return TaskStatus.PENDING
 
@@ -755,11 +764,14 @@ class Running(Requests):
         *,
         delay_s: float,
         bound_for_s: float | None,
+        bind_to: str | None = None,
         **values: Any,
     ) -> None:
-        """Return the task to the outbox; bound to the server that has its prompt, if one may."""
+        """Return the task to the outbox; bound to *bind_to*, or to the server that has its prompt, if one may."""
         if bound_for_s is None:
             values |= {"bound_server": None, "bound_until": None}
+        elif bind_to is not None:
+            values |= {"bound_server": bind_to, "bound_until": after(bound_for_s)}
         else:
             sent_to = connection.execute(
                 sa.select(t.attempts.c.server).where(

@@ -188,9 +188,11 @@ def _on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None
     if reason := refusal(settings):
         _stop(reason)
     # What every child needs is imported once, before the first fork, and shared by all of them.
-    from genpulse.tasks import drain, presence, render, runner  # noqa: F401 - only to be loaded
+    from genpulse.tasks import board, drain, presence, render, runner  # noqa: F401 - only to be loaded
 
-    drain.prepare_drain()  # before the first fork: the children see the same byte
+    # Before the first fork: the children see the same memory.
+    drain.prepare_drain()
+    board.prepare_board()
     asked = _asked_queues(conf, options)
     servers = [server.name for server in settings.servers]
     if not options.get("concurrency"):

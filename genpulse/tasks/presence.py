@@ -10,17 +10,20 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import time
 from typing import Any
 
 import structlog
 
 import genpulse
+from genpulse.comfy.client import Place
 from genpulse.comfy.pool import Server, ServerPool
 from genpulse.config import Settings
 from genpulse.errors import ComfyUnavailable, LedgerUnavailable
-from genpulse.ledger import ProcessSession
+from genpulse.ledger import ProcessSession, Stray
 from genpulse.tasks import background, queues
 from genpulse.tasks.background import Background, logged
+from genpulse.tasks.board import board
 from genpulse.tasks.drain import is_draining
 
 __all__ = ["WorkerBackground", "open_pool", "start_in_worker"]
@@ -28,11 +31,13 @@ __all__ = ["WorkerBackground", "open_pool", "start_in_worker"]
 log = structlog.get_logger("genpulse.presence")
 
 JANITOR_S = 0.5
+UNOBEYED_S = 30.0
+"""A prompt that goes on for so long although it was told to stop: its server may be dead behind its HTTP."""
 
 
 def open_pool(settings: Settings) -> ServerPool:
-    """The ComfyUI servers of this worker."""
-    return ServerPool([Server(server.name, server.url) for server in settings.servers])
+    """The ComfyUI servers of this worker; what one of its processes finds out holds for all of them."""
+    return ServerPool([Server(server.name, server.url) for server in settings.servers], marks=board())
 
 
 def start_in_worker(consumer: Any) -> Background:
@@ -55,6 +60,7 @@ class WorkerBackground(Background):
         self._pool: ServerPool = open_pool(settings)
         self._session = ProcessSession(self.ledger, settings.direct_url_if_any)
         self._paused: set[str] = set()
+        self._disobeys_since: dict[str, float] = {}
         self.run_every(min(settings.beat_s, 2.0), self._present, "presence")
         if settings.servers:
             self.run_every(JANITOR_S, self._clean, "janitor")
@@ -136,10 +142,26 @@ class WorkerBackground(Background):
         for stray in strays:
             client = self._pool.client(stray.server)
             try:
-                gone = client.stop(stray.prompt_id, within_s=2.0).is_over
+                seen = client.stop(stray.prompt_id, within_s=2.0)
             except ComfyUnavailable as error:
                 gone = error.refused
+            else:
+                gone = seen.is_over
+                if seen.place is Place.RUNNING:
+                    self._mind_disobedience(stray)
             if gone:
+                self._disobeys_since.pop(stray.prompt_id, None)
                 log.info("stray_gone", server=stray.server, prompt_id=stray.prompt_id, task_id=stray.task_id)
                 with self.quiet():
                     self.ledger.forget_stray(stray)
+
+    def _mind_disobedience(self, stray: Stray) -> None:
+        """
+        Count a server as stuck whose running prompt does not obey.
+
+        It is how a worker that has just started learns of a dead server: the ledger kept the stray.
+        """
+        since = self._disobeys_since.setdefault(stray.prompt_id, time.monotonic())
+        if time.monotonic() - since >= UNOBEYED_S and not self._pool.is_stuck(stray.server):
+            log.warning("server_stuck", server=stray.server, prompt_id=stray.prompt_id)
+            self._pool.mark_bad(stray.server, "no progress", stuck_on=stray.prompt_id)

@@ -30,7 +30,6 @@ from genpulse.errors import (
     DeadlineExceeded,
     Draining,
     ExecutionInterrupted,
-    GenPulseError,
     InputRejected,
     InputUnavailable,
     LeaseLost,
@@ -43,6 +42,7 @@ from genpulse.errors import (
     TaskCanceled,
 )
 from genpulse.model import Attempt, NewOutput
+from genpulse.tasks import queues
 from genpulse.tasks.runner import AttemptContext
 
 __all__ = ["render"]
@@ -54,6 +54,8 @@ GONE_AFTER_S = 10.0
 STOP_WITHIN_S = 2.0
 SERVER_PATIENCE_S = 5.0
 """How long an attempt waits for a server of its worker to come back before it is handed back."""
+FREE_S = 1.0
+"""Between asking a server to free its memory and the next prompt: it does so when it is idle."""
 _VIEW_TRIES_S = (0.2, 0.5, 1.0, 2.0)
 
 
@@ -67,11 +69,16 @@ def render(context: AttemptContext, workflow: graph.Workflow) -> tuple[NewOutput
     Raises:
         NoServer: No healthy server now; the attempt is handed back.
         ComfyUnavailable: The server was lost.
+        OutOfMemory: Twice on one server, the second time right after it was told to free its memory.
         WorkflowRejected, ExecutionFailed, OutOfMemory, NoOutputs, InputRejected: As they say.
         StopAttempt: From ``context.check()``.
     """
     attempt = _Render(context, workflow)
-    finished = attempt.adopt() or attempt.submit()
+    try:
+        finished = attempt.adopt() or attempt.submit()
+    except OutOfMemory:
+        attempt.free_server()
+        finished = attempt.submit(again_on=attempt.server)
     return attempt.capture(finished)
 
 
@@ -84,6 +91,7 @@ class _Render:
         self.socket_nodes = graph.socket_output_nodes(workflow)
         self.server = ""
         self.prompt_id = ""
+        self._post_uncertain = False
 
     @property
     def client(self) -> ComfyClient:
@@ -106,7 +114,8 @@ class _Render:
                 # Its pictures went over a socket that died with its worker: render them again.
                 self._stop(str(earlier.server), str(earlier.prompt_id))
                 continue
-            return self._adopt(earlier, found)
+            with contextlib.suppress(_ElsewhereError):
+                return self._adopt(earlier, found)
         return None
 
     def _look_for(self, earlier: Attempt) -> Whereabouts | None:
@@ -137,23 +146,35 @@ class _Render:
 
     # -- submit -------------------------------------------------------------------------------
 
-    def submit(self) -> Finished:
-        """Choose a server, prepare the workflow for it, post it and follow it."""
+    def submit(self, *, again_on: str = "") -> Finished:
+        """
+        Choose a server, prepare the workflow for it, post it and follow it.
+
+        Args:
+            again_on: The server to take if it is healthy, whatever happened there.
+        """
         while True:
-            self._choose()
+            self._choose(again_on)
             try:
                 prepared = self._prepare()
                 self._await_turn()
                 return self._post_and_follow(prepared)
             except _ElsewhereError:
-                continue
+                again_on = ""
             except ComfyUnavailable as error:
                 self.context.pool.mark_away(self.server, "not reachable")
                 # Nothing was sent and nobody listens: the next server, at no cost.
                 if not (error.refused and self.prompt_id == ""):
                     raise
 
-    def _choose(self) -> None:
+    def free_server(self) -> None:
+        """A node ran out of memory: let the server unload what it can, for the one more try there."""
+        self.context.log.info("server_freed", server=self.server, reason="out of memory")
+        with contextlib.suppress(ComfyUnavailable):
+            self.client.free(unload_models=True, free_memory=True)
+        self.context.sleep(FREE_S)
+
+    def _choose(self, again_on: str = "") -> None:
         context = self.context
         self.prompt_id = ""
         context.check()
@@ -169,10 +190,33 @@ class _Render:
                 raise NoServer(msg)
             context.sleep(0.5)  # a restart takes seconds; going back through the queue takes longer
         names = [server.name for server in healthy]
+        names = [again_on] if again_on in names else self._with_memory(names)
         chosen = context.insist(lambda: context.ledger.assign_server(context.claim.fence, None, names))
         if chosen is None:
             raise LeaseLost
         self.server = chosen
+
+    def _with_memory(self, names: list[str]) -> list[str]:
+        """
+        Leave out the servers whose memory did not suffice for this task, as long as there is another.
+
+        Raises:
+            NoServer: Another worker has one: the task goes there.
+        """
+        context = self.context
+        exhausted = context.claim.exhausted
+        if spared := [name for name in names if name not in exhausted]:
+            return spared
+        for worker in context.insist(context.ledger.workers):
+            if not queues.takes(worker, context.task.queue):
+                continue
+            for server in worker.servers:
+                if server["healthy"] and server["name"] not in exhausted:
+                    msg = (
+                        "no server of this worker has the memory for the task, and another worker's may have"
+                    )
+                    raise NoServer(msg, go_to=str(server["name"]))
+        return names
 
     def _prepare(self) -> graph.Workflow:
         """Stage media on the chosen server, and give save nodes a prefix of this attempt's own."""
@@ -235,6 +279,7 @@ class _Render:
                 else:
                     context.leaves_prompt = True
                 raise
+            self._post_uncertain = accepted.number is None or accepted.repeated
             if accepted.node_errors:
                 # The server runs the valid rest; a task is all of its workflow or nothing.
                 self._stop(self.server, prompt_id)
@@ -244,6 +289,7 @@ class _Render:
 
     def _record(self, client_id: str, *, adopted: bool = False, finished: bool = False) -> None:
         context = self.context
+        context.begin_prompt()
         if not context.insist(
             lambda: context.ledger.record_prompt(
                 context.claim.fence,
@@ -261,24 +307,36 @@ class _Render:
     def _follow(self, follower: Follower) -> Finished:
         context = self.context
         meter = ProgressMeter(self.workflow)
+        waits = True
+
+        def check() -> None:
+            context.check()
+            if waits and context.pool.is_stuck(self.server):
+                raise _WaitsInVainError
 
         def on_event(event: Event) -> None:
+            nonlocal waits
             if isinstance(event, Running):
+                waits = False
                 context.mark_running()
             if meter.update(event):
                 context.progress(meter.percent, **meter.detail.as_dict())
 
         try:
             finished = follower.follow(
-                self.prompt_id, check=context.check, on_event=on_event, stall_s=context.settings.stall_s
+                self.prompt_id, check=check, on_event=on_event, stall_s=context.settings.stall_s
             )
+        except _WaitsInVainError:
+            return self._withdraw(follower)
         except (TaskCanceled, DeadlineExceeded):
             self._stop(self.server, self.prompt_id)
             raise
         except (LeaseLost, Draining):
             raise  # the prompt is another's now, or the next worker's
-        except ServerStalled:
-            context.pool.mark_bad(self.server, "no progress")
+        except ServerStalled as error:
+            context.pool.mark_bad(self.server, "no progress", stuck_on=error.stuck_on)
+            if waits:
+                return self._withdraw(follower)
             self._stop(self.server, self.prompt_id)
             raise
         except PromptLost:
@@ -295,14 +353,30 @@ class _Render:
         context.mark_rendered()
         return finished
 
+    def _withdraw(self, follower: Follower) -> Finished:
+        """
+        Take a prompt back that waits on a server which makes no progress.
+
+        It costs no attempt: nothing of it was rendered.
+
+        Raises:
+            _ElsewhereError: It is out of the queue; another server may have it.
+            ServerStalled: It could not be taken back.
+        """
+        self.context.log.info("prompt_withdrawn", server=self.server, prompt_id=self.prompt_id)
+        self._stop(self.server, self.prompt_id)
+        if not self.context.leaves_prompt:
+            seen = self.client.look(self.prompt_id, timeout_s=5.0)
+            if seen.place is Place.UNKNOWN:
+                raise _ElsewhereError
+            return self._follow(follower)  # it moved after all
+        msg = "the server makes no progress"
+        raise ServerStalled(msg)
+
     def _judge(self, entry: HistoryEntry) -> None:
         """Raise what the history says went wrong."""
         try:
             entry.raise_for_status()
-        except OutOfMemory:
-            with contextlib.suppress(GenPulseError):
-                self.client.free(unload_models=True, free_memory=True)
-            raise
         except ExecutionInterrupted:
             self.context.check()  # if it was our own cancel or deadline, that is what it is called
             raise
@@ -348,6 +422,9 @@ class _Render:
         if not stored and not graph.declares_no_outputs(self.workflow):
             msg = "the workflow ran to its end and made no output"
             raise NoOutputs(msg)
+        if self._post_uncertain:
+            # It was posted twice, perhaps, and the slower post came after every look at the queue.
+            context.after_win(lambda: self.client.cancel(self.prompt_id))
         context.after_win(lambda: self.client.forget(self.prompt_id))
         return tuple(stored)
 
@@ -379,7 +456,11 @@ class _Render:
 
 
 class _ElsewhereError(Exception):
-    """Another server became free while this attempt was held ready."""
+    """Another server is to be had, or this one no more, and nothing of the attempt is on it."""
+
+
+class _WaitsInVainError(Exception):
+    """The prompt waits on a server that makes no progress."""
 
 
 @contextlib.contextmanager

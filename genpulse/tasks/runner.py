@@ -178,6 +178,11 @@ class AttemptContext:
         """What the last write notes of an attempt that did not complete: how far it came, what it stored."""
         return {"progress": self._percent or None, "stored": self._stored > 0}
 
+    def begin_prompt(self) -> None:
+        """A prompt is about to be followed, the first of this attempt or another one: no clock runs yet."""
+        self._running_since = None
+        self.leaves_prompt = False
+
     def mark_running(self) -> None:
         """Rendering has begun: the clock of ``timeout_s`` runs, once for a prompt."""
         if self._running_since is None:
@@ -424,12 +429,13 @@ class Runner:
         except StopAttempt as stop:
             return self._stopped(context, stop)
         except NoServer as error:
-            context.log.info("task_handed_back", reason=str(error))
-            self._found_no_server = True
+            go_to, delay_s = error.go_to, NO_SERVER_DELAY_S if error.go_to is None else 0.0
+            context.log.info("task_handed_back", reason=str(error), go_to=go_to)
+            self._found_no_server = go_to is None
             return self._write(
                 context,
                 lambda: self.ledger.hand_back(
-                    context.claim.fence, adopt_wait_s=None, delay_s=NO_SERVER_DELAY_S, **context.traces
+                    context.claim.fence, adopt_wait_s=None, delay_s=delay_s, go_to=go_to, **context.traces
                 ),
             )
         except Retryable as error:

@@ -525,12 +525,24 @@ class TestServersThatFail:
 
         assert Run(client, sleeper(1.5), stall_s=0.3).end().entry.status == "success"
 
+    def test_a_worker_thread_that_died_with_our_prompt_stalls(
+        self, simulator: Simulator, client: ComfyClient
+    ) -> None:
+        """HTTP answers, the prompt "runs", and a new socket is greeted and told of no node: it is dead."""
+        simulator.faults(zombie=True)
+        run = Run(client, image(), stall_s=0.5)
+        with pytest.raises(ServerStalled) as stalled:
+            run.end(15)
+        assert stalled.value.stuck_on == run.prompt_id
+
     def test_a_line_that_never_moves_stalls(self, simulator: Simulator, client: ComfyClient) -> None:
         """A prompt that killed the server's worker thread stays at the head for ever."""
         simulator.faults(zombie=True)
-        client.submit(image(), prompt_id=new_id(), client_id="poison")
-        with pytest.raises(ServerStalled):
+        poison = new_id()
+        client.submit(image(), prompt_id=poison, client_id="poison")
+        with pytest.raises(ServerStalled) as stalled:
             Run(client, image(), stall_s=0.5).end(5)
+        assert stalled.value.stuck_on == poison
 
 
 class TestResultsOnTheSocket:

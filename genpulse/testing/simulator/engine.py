@@ -136,6 +136,7 @@ class Engine:
                 flags = self.queue.take_flags()
                 if flags.get("free_memory"):
                     self.cache.clear()
+                    self.journal.add("freed")
         except ServerGone:
             return
         except Exception:  # noqa: BLE001  the real worker dies as quietly: its prompt stays "running" for ever
