@@ -18,9 +18,14 @@ from genpulse.ledger.retiring import Removal
 from genpulse.ledger.running import Beat, StaleLease, Stray
 from genpulse.ledger.sessions import ProcessSession, SessionProbe
 from genpulse.ledger.tables import metadata
+from genpulse.ledger.webhooks import Backlog, Delivery, DeliveryStatus, DeliveryTry
 
 __all__ = [
+    "Backlog",
     "Beat",
+    "Delivery",
+    "DeliveryStatus",
+    "DeliveryTry",
     "Dispatch",
     "IdempotencyConflict",
     "KeyText",

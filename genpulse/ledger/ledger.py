@@ -8,11 +8,12 @@ import sqlalchemy as sa
 
 from genpulse.errors import LedgerUnavailable
 from genpulse.ledger.retiring import Retiring
+from genpulse.ledger.webhooks import Webhooks
 
 __all__ = ["Ledger"]
 
 
-class Ledger(Retiring):
+class Ledger(Retiring, Webhooks):
     """Every statement about tasks, given a connected engine or opened by URL."""
 
     def migrate(self) -> None:

@@ -18,9 +18,11 @@ from genpulse.ledger.types import Timestamp
 
 __all__ = [
     "TRIGGERS",
+    "WEBHOOK_TRIGGERS",
     "api_keys",
     "assets",
     "attempts",
+    "batches",
     "idempotency_keys",
     "leases",
     "metadata",
@@ -28,7 +30,10 @@ __all__ = [
     "removals",
     "strays",
     "task_inputs",
+    "task_labels",
     "tasks",
+    "webhook_attempts",
+    "webhook_deliveries",
     "workers",
 ]
 
@@ -84,6 +89,9 @@ tasks = sa.Table(
     sa.Column("error", sa.JSON),
     sa.Column("run_s", sa.Float),
     sa.Column("store_s", sa.Float),
+    # No foreign keys: a batch outlives its tasks by no more than the next time somebody tidies up.
+    sa.Column("batch_id", _Id),
+    sa.Column("batch_index", sa.Integer),
     sa.CheckConstraint(
         "status IN ('pending', 'processing', 'completed', 'failed', 'canceled')", name="status"
     ),
@@ -92,6 +100,7 @@ tasks = sa.Table(
     ),
     sa.Index("ix_tasks_owner_id", "owner", "id"),
     sa.Index("ix_tasks_owner_status_id", "owner", "status", "id"),
+    sa.Index("ix_tasks_batch", "batch_id", "batch_index", **_live("batch_id IS NOT NULL")),
     sa.Index("ix_tasks_retry_of", "retry_of", **_live("retry_of IS NOT NULL")),
     sa.Index(
         "ix_tasks_outbox",
@@ -126,6 +135,30 @@ tasks = sa.Table(
     sa.Index("ix_tasks_running", "owner", **_live("status = 'processing'")),
     sa.Index("ix_tasks_ended", "completed_at", **_live("completed_at IS NOT NULL")),
     sa.Index("ix_tasks_run_time", "task_type", "completed_at", **_live("run_s IS NOT NULL")),
+)
+
+# Tasks that were submitted together. What all their params have in common stands here once; a task's own
+# row then has the rest.
+batches = sa.Table(
+    "batches",
+    metadata,
+    sa.Column("id", _Id, primary_key=True),
+    sa.Column("owner", sa.String(200), nullable=False),
+    sa.Column("size", sa.Integer, nullable=False),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column("shared_params", sa.JSON, nullable=False),
+    # The names of what the grid varied; empty for a batch of tasks that were named one by one.
+    sa.Column("grid", sa.JSON, nullable=False),
+)
+
+# Each entry of a task's metadata as a digest of owner, key and value, so that one index serves every
+# label on both databases, whatever its length.
+task_labels = sa.Table(
+    "task_labels",
+    metadata,
+    sa.Column("task_id", _Id, sa.ForeignKey("tasks.id", ondelete="CASCADE"), primary_key=True),
+    sa.Column("label", _Id, primary_key=True),
+    sa.Index("ix_task_labels_label_task_id", "label", "task_id"),
 )
 
 attempts = sa.Table(
@@ -240,8 +273,10 @@ idempotency_keys = sa.Table(
     sa.Column("owner", sa.String(200), primary_key=True),
     sa.Column("key", sa.String(255), primary_key=True),
     sa.Column("body_hash", sa.String(64), nullable=False),
-    sa.Column("task_id", _Id, sa.ForeignKey("tasks.id", ondelete="CASCADE"), nullable=False, index=True),
+    # One of the two: what the key brought about.
+    sa.Column("task_id", _Id, sa.ForeignKey("tasks.id", ondelete="CASCADE"), index=True),
     sa.Column("expires_at", Timestamp, nullable=False, index=True),
+    sa.Column("batch_id", _Id, sa.ForeignKey("batches.id", ondelete="CASCADE"), index=True),
 )
 
 # Never deleted: an installation that had keys once is not open to all when the last one is revoked.
@@ -276,6 +311,45 @@ workers = sa.Table(
     sa.Column("version", sa.String(40), nullable=False),
     sa.Column("started_at", Timestamp, nullable=False),
     sa.Column("seen_at", Timestamp, nullable=False, index=True),
+)
+
+# What is to be told to a task's ``callback_url``. A claimed one has a claim, and is due again when
+# its ``next_at`` comes without an outcome.
+webhook_deliveries = sa.Table(
+    "webhook_deliveries",
+    metadata,
+    sa.Column("id", _Id, primary_key=True),
+    sa.Column("owner", sa.String(200), nullable=False),
+    sa.Column("task_id", _Id, sa.ForeignKey("tasks.id", ondelete="CASCADE"), nullable=False, index=True),
+    sa.Column("event_type", sa.String(40), nullable=False),
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("host", sa.String(300), nullable=False),
+    sa.Column("status", sa.String(20), nullable=False),
+    sa.Column("tries", sa.Integer, nullable=False),
+    sa.Column("attempts", sa.Integer, nullable=False),
+    sa.Column("created_at", Timestamp, nullable=False),
+    sa.Column("next_at", Timestamp),
+    sa.Column("claim", sa.String(40)),
+    sa.Column("ended_at", Timestamp),
+    sa.CheckConstraint("status IN ('pending', 'delivered', 'failed', 'gone')", name="status"),
+    sa.CheckConstraint("(status = 'pending') = (next_at IS NOT NULL)", name="pending_has_time"),
+    sa.Index("ix_webhook_deliveries_owner_id", "owner", "id"),
+    sa.Index("ix_webhook_deliveries_due", "next_at", "id", **_live("status = 'pending'")),
+    sa.Index("ix_webhook_deliveries_claimed", "host", "next_at", **_live("claim IS NOT NULL")),
+)
+
+webhook_attempts = sa.Table(
+    "webhook_attempts",
+    metadata,
+    sa.Column(
+        "delivery_id", _Id, sa.ForeignKey("webhook_deliveries.id", ondelete="CASCADE"), primary_key=True
+    ),
+    sa.Column("number", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("started_at", Timestamp, nullable=False),
+    sa.Column("duration_s", sa.Float),
+    sa.Column("status_code", sa.Integer),
+    sa.Column("error", sa.Text),
+    sa.Column("excerpt", sa.Text),
 )
 
 # Belt and braces: whatever a statement says, no row leaves a final state, no attempt number falls.
@@ -346,5 +420,64 @@ TRIGGERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
             "DROP TRIGGER genpulse_guard_task_attempt",
             "DROP TRIGGER genpulse_guard_task_final",
         ),
+    ),
+}
+
+# A task's end is announced by the statement that ends it, whichever that is: no verb can forget to.
+# The ids are UUIDv7, as ours are everywhere: their order is that of time.
+WEBHOOK_TRIGGERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "postgresql": (
+        (
+            """
+            CREATE FUNCTION genpulse_announce_task() RETURNS trigger LANGUAGE plpgsql AS $$
+            DECLARE
+              ms text := lpad(to_hex((extract(epoch FROM clock_timestamp()) * 1000)::bigint), 12, '0');
+              random text := replace(gen_random_uuid()::text, '-', '');
+            BEGIN
+              INSERT INTO webhook_deliveries
+                (id, owner, task_id, event_type, url, host, status, tries, attempts, created_at, next_at)
+              VALUES (
+                (ms || '7' || substr(random, 14, 3) || substr(random, 17))::uuid,
+                NEW.owner, NEW.id, 'task.' || NEW.status, NEW.callback_url,
+                left(coalesce(lower(substring(NEW.callback_url from '//([^/?#]+)')), ''), 300),
+                'pending', 0, 0, statement_timestamp(), statement_timestamp());
+              RETURN NULL;
+            END $$
+            """,
+            """
+            CREATE TRIGGER genpulse_announce_task AFTER UPDATE ON tasks FOR EACH ROW
+              WHEN (OLD.completed_at IS NULL AND NEW.completed_at IS NOT NULL
+                    AND NEW.callback_url IS NOT NULL)
+              EXECUTE FUNCTION genpulse_announce_task()
+            """,
+        ),
+        (
+            "DROP TRIGGER genpulse_announce_task ON tasks",
+            "DROP FUNCTION genpulse_announce_task()",
+        ),
+    ),
+    "sqlite": (
+        (
+            """
+            CREATE TRIGGER genpulse_announce_task AFTER UPDATE ON tasks
+            WHEN OLD.completed_at IS NULL AND NEW.completed_at IS NOT NULL
+              AND NEW.callback_url IS NOT NULL
+            BEGIN
+              INSERT INTO webhook_deliveries
+                (id, owner, task_id, event_type, url, host, status, tries, attempts, created_at, next_at)
+              SELECT
+                lower(printf('%012x', at) || '7' || substr(hex(randomblob(2)), 1, 3)
+                      || substr('89ab', 1 + abs(random() % 4), 1) || substr(hex(randomblob(8)), 1, 15)),
+                NEW.owner, NEW.id, 'task.' || NEW.status, NEW.callback_url,
+                substr(lower(host), 1, 300), 'pending', 0, 0, at, at
+              FROM (SELECT at, substr(rest, 1, instr(rest || '#', '#') - 1) AS host
+              FROM (SELECT at, substr(rest, 1, instr(rest || '?', '?') - 1) AS rest
+              FROM (SELECT at, substr(rest, 1, instr(rest || '/', '/') - 1) AS rest
+              FROM (SELECT CAST(ROUND((julianday('now') - 2440587.5) * 86400000.0) AS INTEGER) AS at,
+                           substr(NEW.callback_url, instr(NEW.callback_url, '//') + 2) AS rest))));
+            END
+            """,
+        ),
+        ("DROP TRIGGER genpulse_announce_task",),
     ),
 }

@@ -90,7 +90,8 @@ def test_migrations_and_models_make_the_same_schema_word_for_word(
     with open_ledger(other_url) as ledger:
         with ledger.engine.begin() as connection:
             metadata.create_all(connection)
-            for statement in t.TRIGGERS[ledger.engine.dialect.name][0]:
+            database = ledger.engine.dialect.name
+            for statement in (*t.TRIGGERS[database][0], *t.WEBHOOK_TRIGGERS[database][0]):
                 connection.exec_driver_sql(
                     statement.replace("%", "%%") if ledger.is_postgresql else statement
                 )
