@@ -22,7 +22,7 @@ from typing import IO, Any, BinaryIO, cast
 
 from genpulse.comfy import workflow as graph
 from genpulse.comfy.client import ComfyClient, Place, ServerFile, Whereabouts
-from genpulse.comfy.events import Event, ProgressMeter, Running
+from genpulse.comfy.events import Event, PreviewImage, ProgressMeter, Running
 from genpulse.comfy.follower import Finished, Follower
 from genpulse.comfy.history import HistoryEntry, ServerOutput
 from genpulse.errors import (
@@ -137,7 +137,9 @@ class _Render:
     def _adopt(self, earlier: Attempt, found: Whereabouts) -> Finished:
         context = self.context
         self.server, self.prompt_id = str(earlier.server), str(earlier.prompt_id)
-        with Follower(self.client, str(earlier.client_id), socket_nodes=self.socket_nodes) as follower:
+        with Follower(
+            self.client, str(earlier.client_id), socket_nodes=self.socket_nodes, previews=True
+        ) as follower:
             self._record(str(earlier.client_id), adopted=True, finished=found.place is Place.FINISHED)
             context.log.info(
                 "prompt_adopted", server=self.server, prompt_id=self.prompt_id, of=earlier.number
@@ -265,7 +267,7 @@ class _Render:
     def _post_and_follow(self, prepared: graph.Workflow) -> Finished:
         context = self.context
         client_id = uuid.uuid4().hex
-        with Follower(self.client, client_id, socket_nodes=self.socket_nodes) as follower:
+        with Follower(self.client, client_id, socket_nodes=self.socket_nodes, previews=True) as follower:
             context.check()
             prompt_id = str(uuid.uuid4())
             self.prompt_id = prompt_id
@@ -319,6 +321,8 @@ class _Render:
             if isinstance(event, Running):
                 waits = False
                 context.mark_running()
+            elif isinstance(event, PreviewImage):
+                context.preview(event.data, event.image_type, event.display_node_id or event.node_id)
             if meter.update(event):
                 context.progress(meter.percent, **meter.detail.as_dict())
 

@@ -79,6 +79,7 @@ NO_SERVER_DELAY_S = 2.0
 NO_SERVER_PAUSE_S = 1.0
 """How long a child that found no server takes no other task."""
 PROGRESS_EVERY_S = 0.25
+PREVIEW_EVERY_S = 0.5
 _LAST_WORDS_S = 0.5
 """Between the end of the last attempt of a child that was told to stop, and its own."""
 _STORE_TRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -109,6 +110,7 @@ class AttemptContext:
     _rendered_at: float | None = None
     _percent: float = 0.0
     _told_at: float = 0.0
+    _previewed_at: float = 0.0
     _stored: int = 0
     _after_win: list[Callable[[], None]] = field(default_factory=list)
 
@@ -182,6 +184,12 @@ class AttemptContext:
         """A prompt is about to be followed, the first of this attempt or another one: no clock runs yet."""
         self._running_since = None
         self.leaves_prompt = False
+
+    def preview(self, picture: bytes, content_type: str, node_id: str | None) -> None:
+        """Show an unfinished picture to those who watch and asked for it, twice a second at most."""
+        if time.monotonic() - self._previewed_at >= PREVIEW_EVERY_S:
+            self._previewed_at = time.monotonic()
+            self.live.publish_preview(self.task.id, self.claim.fence.attempt, picture, content_type, node_id)
 
     def mark_running(self) -> None:
         """Rendering has begun: the clock of ``timeout_s`` runs, once for a prompt."""
@@ -360,6 +368,7 @@ class Runner:
         if claim is None:
             return None
         self.live.wake("claim")
+        self.live.touch(task_id)
         signals = Signals()
         context = AttemptContext(
             settings=self.settings,
@@ -526,6 +535,8 @@ class Runner:
         if status.is_final:
             self.live.forget_progress(context.task.id)
             context.clean_up()
+        else:
+            self.live.touch(context.task.id)
         return str(status)
 
     def _lost(self, context: AttemptContext) -> str:
