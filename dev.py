@@ -506,7 +506,7 @@ COMMANDS = {
     ),
     "mutate": Command(
         program("tests.mutate", "Break the code on purpose and see whether the tests notice."),
-        "tests/mutate.py",
+        "tests/mutate/__main__.py",
     ),
     "docs": Command(docs, "docs/generate.py"),
     "lock": Command(lock, takes_arguments=False),

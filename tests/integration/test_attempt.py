@@ -100,7 +100,7 @@ class Child:
         self._thread = threading.Thread(target=run, name="child", daemon=True)
         self._thread.start()
 
-    def end(self, within_s: float = 20.0) -> str:
+    def end(self, within_s: float = 10.0) -> str:
         """Wait for the end of the attempt; the word that the runner has for it."""
         assert self._thread is not None
         self._thread.join(within_s)
@@ -221,8 +221,8 @@ def test_whoever_lost_its_lease_leaves_the_prompt_to_the_next(
     simulator.faults(stall=False)
 
     assert second.end() == "completed"
-    (prompt_id,) = set(prompts(ledger, task))
-    assert logged(simulator, "started") == [prompt_id]
+    assert logged(simulator, "started") == prompts(ledger, task)[:1]
+    assert len(set(prompts(ledger, task))) == 1
     assert logged(simulator, "interrupted") == []
     assert outcomes(ledger, task) == ["lost", "completed"]
 
@@ -236,8 +236,8 @@ def test_whoever_lost_at_the_very_end_cleans_nothing_up(
     assert late.run(task) == "lost"
 
     assert hire(ledger).run(task) == "completed"
-    (prompt_id,) = set(prompts(ledger, task))
-    assert logged(simulator, "started") == [prompt_id]
+    assert logged(simulator, "started") == prompts(ledger, task)[:1]
+    assert len(set(prompts(ledger, task))) == 1
     assert [output.key.split("/")[2] for output in done(ledger, task).outputs] == ["2"]
 
 
