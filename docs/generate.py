@@ -56,7 +56,7 @@ def kind_of(field: FieldInfo) -> str:
         SecretStr: "secret",
     }
     for kind, word in words.items():
-        if field.annotation is kind:
+        if field.annotation in {kind, kind | None}:
             return word
     msg = f"no word for {field.annotation}"
     raise TypeError(msg)
@@ -65,7 +65,7 @@ def kind_of(field: FieldInfo) -> str:
 def default_of(field: FieldInfo) -> str:
     """A setting's default as one would write it; a secret's default is no secret."""
     value = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
-    return f"`{value}`" if str(value) else "none"
+    return "none" if value is None or not str(value) else f"`{value}`"
 
 
 GENERATED = {"reference/settings.md": settings_page}

@@ -9,6 +9,7 @@ table against this class.
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import ipaddress
 import os
 import re
@@ -130,6 +131,13 @@ class Settings(BaseSettings):
         3, ge=0, le=100, description="Attempts that may be lost with their worker before a task fails."
     )
     idempotency_ttl_s: int = Field(86_400, ge=1, description="How long an Idempotency-Key is remembered.")
+
+    retention_days: float | None = Field(
+        None,
+        gt=0,
+        le=36_500,
+        description="Days after its end at which a task is deleted with its outputs, and after which uploads go that no task needs. Empty: all is kept for ever.",
+    )
 
     # Workers
     lease_s: float = Field(
@@ -419,6 +427,11 @@ class Settings(BaseSettings):
     def webhook_schedule(self) -> tuple[float, ...]:
         """When a webhook is tried, in seconds after the task's end."""
         return tuple(float(part) for part in _parts(self.webhook_schedule_s))
+
+    @property
+    def retention(self) -> dt.timedelta | None:
+        """How long a task is kept after its end; ``None`` for ever."""
+        return None if self.retention_days is None else dt.timedelta(days=self.retention_days)
 
     @property
     def servers(self) -> tuple[ComfyServer, ...]:

@@ -79,6 +79,7 @@ class AttemptView(_Answer):
     ended_at: dt.datetime | None
     outcome: str | None
     error_code: str | None
+    progress: float | None = Field(description="How far it came, 0 to 100, where that is known.")
 
 
 class ProgressDetail(_Answer):
@@ -130,7 +131,10 @@ class TaskSummary(_Answer):
     started_at: dt.datetime | None
     completed_at: dt.datetime | None
     updated_at: dt.datetime
-    expires_at: dt.datetime | None
+    expires_at: dt.datetime | None = Field(
+        description="Before the end: not begun by then, the task fails. After it: then it is deleted, outputs and all."
+    )
+    retry_of: str | None = Field(description="The task that this one is a retry of.")
     metadata: dict[str, str]
     urls: Urls
 
@@ -152,8 +156,13 @@ Link = Callable[..., str]
 """``link("read_output", task_id=…, index=…)`` is that view's address for this caller."""
 
 
-def task_summary(task: Task, link: Link) -> dict[str, Any]:
-    """The fields that lists and the whole task share."""
+def task_summary(task: Task, link: Link, retention: dt.timedelta | None = None) -> dict[str, Any]:
+    """
+    The fields that lists and the whole task share.
+
+    Args:
+        retention: How long a task is kept after its end; ``None`` for ever.
+    """
     return {
         "task_id": task.id,
         "task_type": task.task_type,
@@ -167,7 +176,8 @@ def task_summary(task: Task, link: Link) -> dict[str, Any]:
         "started_at": task.started_at,
         "completed_at": task.completed_at,
         "updated_at": task.updated_at,
-        "expires_at": task.expires_at,
+        "expires_at": (task.completed_at + retention if task.completed_at and retention else task.expires_at),
+        "retry_of": task.retry_of,
         "metadata": dict(task.metadata),
         "urls": urls(task.id, link),
     }
@@ -185,6 +195,7 @@ def task_view(
     live: Mapping[str, Any] | None = None,
     position: int | None = None,
     reason: tuple[str, str] | None = None,
+    retention: dt.timedelta | None = None,
 ) -> TaskView:
     """
     The one shape of a task.
@@ -192,6 +203,7 @@ def task_view(
     Args:
         live: The newest progress, ``{"attempt", "percent", "detail"}``, if there is one. It informs, so
             whatever in it does not fit is left out.
+        retention: As in :func:`task_summary`.
     """
     percent, detail = _progress(task, live)
     outputs = [_output(output, task.id, link) for output in task.outputs]
@@ -204,11 +216,12 @@ def task_view(
             ended_at=attempt.ended_at,
             outcome=attempt.outcome,
             error_code=attempt.error.code if attempt.error else None,
+            progress=attempt.progress,
         )
         for attempt in task.attempts
     ]
     return TaskView(
-        **task_summary(task, link),
+        **task_summary(task, link, retention),
         queue_position=position,
         wait_reason=WaitReason(code=reason[0], text=reason[1]) if reason else None,
         progress=percent,
@@ -257,12 +270,14 @@ def _result(task: Task, outputs: list[OutputView]) -> Result | None:
 def _progress(task: Task, live: Mapping[str, Any] | None) -> tuple[float, ProgressDetail | None]:
     if task.status is TaskStatus.COMPLETED:
         return 100.0, None
+    if task.status.is_final:  # as far as the last attempt came that is known to have begun
+        return next((each.progress for each in reversed(task.attempts) if each.progress), 0.0), None
     if task.status is TaskStatus.PENDING or not live or live.get("attempt", task.attempt) != task.attempt:
         return 0.0, None
     percent = live.get("percent")
     known = min(100.0, max(0.0, float(percent))) if isinstance(percent, int | float) else 0.0
     found = live.get("detail")
-    if task.status.is_final or not isinstance(found, Mapping):
+    if not isinstance(found, Mapping):
         return known, None
     try:
         return known, ProgressDetail(**{name: found.get(name) for name in ProgressDetail.model_fields})

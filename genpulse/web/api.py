@@ -23,7 +23,7 @@ from genpulse.ledger import IdempotencyConflict
 from genpulse.model import Output, Task, TaskStatus
 from genpulse.storage import InvalidKey, check_key
 from genpulse.tasks import queues
-from genpulse.tasks.submit import accept
+from genpulse.tasks.submit import accept, retry, retry_matching
 from genpulse.web import access, schemas
 from genpulse.web.bodies import read_upload
 from genpulse.web.contract import Contract, Routes, answer, bytes_answer, empty_answer
@@ -40,6 +40,9 @@ MODELS: tuple[type[BaseModel], ...] = (
     schemas.AssetView,
     schemas.Health,
     schemas.ProblemView,
+    schemas.Retried,
+    schemas.RetryBody,
+    schemas.RetryReport,
     schemas.StatusView,
     schemas.SubmitBody,
     schemas.TaskList,
@@ -86,12 +89,16 @@ def submit_task(header: schemas.SubmitHeaders, body: schemas.SubmitBody) -> Resp
             idempotency_key=header.idempotency_key,
         )
     except IdempotencyConflict:
-        detail = "This Idempotency-Key was used before with another body."
-        raise Problem(422, "idempotency_key_reuse", detail) from None
+        raise _key_reused() from None
     if not replayed:
         here.wake()
+    return _accepted(schemas.Accepted, task, replayed=replayed)
+
+
+def _accepted(shape: type[schemas.Accepted], task: Task, *, replayed: bool, **more: Any) -> Response:
+    """202 for a task that is recorded now, or was before."""
     links = schemas.urls(task.id, _link)
-    view = schemas.Accepted(
+    view = shape(
         task_id=task.id,
         status=task.status,
         message="The task was recorded before." if replayed else "The task is recorded.",
@@ -99,6 +106,7 @@ def submit_task(header: schemas.SubmitHeaders, body: schemas.SubmitBody) -> Resp
         queue=task.queue,
         queue_position=_position(task),
         urls=schemas.Urls(**links),
+        **more,
     )
     headers = {"Location": links["self"], "Retry-After": str(POLL_S)}
     if replayed:
@@ -127,7 +135,10 @@ def list_tasks(query: schemas.ListQuery) -> Response:
     more = len(found) > len(page)
     return _json(
         schemas.TaskList(
-            tasks=[schemas.TaskSummary(**schemas.task_summary(task, _link)) for task in page],
+            tasks=[
+                schemas.TaskSummary(**schemas.task_summary(task, _link, service().settings.retention))
+                for task in page
+            ],
             next_cursor=page[-1].id if more else None,
         )
     )
@@ -171,6 +182,108 @@ def cancel_task(path: schemas.TaskPath) -> Response:
 
 
 @ROUTES.add(
+    "POST",
+    "/task/<task_id>/retry",
+    tag="Tasks",
+    answers={
+        202: answer(
+            schemas.Retried,
+            "The new task is durably recorded; the old one stays as it is.",
+            Location="Where the new task is read.",
+            Retry_After="Seconds after which it is worth asking.",
+            Idempotency_Replayed="`true` where the key brought back an earlier task.",
+        )
+    },
+    refusals=(404, 409, 422, 429),
+)
+def retry_task(path: schemas.TaskPath, header: schemas.SubmitHeaders) -> Response:
+    """
+    Send a final task again, as a new one.
+
+    Type, params, priority, timeout, attempts, metadata and callback are the old one's.
+    """
+    here = service()
+    former = _task(path.task_id)
+    try:
+        task, replayed = retry(
+            here.ledger, here.registry, here.settings, former, idempotency_key=header.idempotency_key
+        )
+    except IdempotencyConflict:
+        raise _key_reused() from None
+    if not replayed:
+        here.wake()
+    return _accepted(schemas.Retried, task, replayed=replayed, retry_of=former.id)
+
+
+@ROUTES.add(
+    "POST",
+    "/task/retry",
+    tag="Tasks",
+    answers={
+        200: answer(schemas.RetryReport, "A dry run: what would be sent again."),
+        202: answer(schemas.RetryReport, "The new tasks are durably recorded."),
+    },
+    refusals=(400, 413, 415, 422, 429),
+)
+def retry_tasks(body: schemas.RetryBody) -> Response:
+    """
+    Send final tasks again by filter, the oldest first.
+
+    A task that has a retry already is left alone, so that the call may be repeated safely.
+    """
+    here = service()
+    found = retry_matching(
+        here.ledger,
+        here.registry,
+        here.settings,
+        owner=access.owner(),
+        status=TaskStatus(body.status),
+        error_code=body.error_code,
+        task_type=body.task_type,
+        created_after=body.created_after,
+        created_before=body.created_before,
+        after_id=body.cursor,
+        again=body.again,
+        limit=body.limit,
+        dry_run=body.dry_run,
+    )
+    if found.made:
+        here.wake()
+    refused = {each.task_id for each in found.refused}
+    pairs = (
+        [(former, None) for former in found.matched if former not in refused]
+        if body.dry_run
+        else [(task.retry_of, task.id) for task in found.made]
+    )
+    report = schemas.RetryReport(
+        retried=[schemas.RetryPair(retry_of=str(former), task_id=new) for former, new in pairs],
+        refused=[
+            schemas.RetryRefusal(task_id=each.task_id, code=each.code, detail=each.detail)
+            for each in found.refused
+        ],
+        next_cursor=found.matched[-1] if found.more else None,
+    )
+    return _json(report, 200 if body.dry_run else 202)
+
+
+@ROUTES.add(
+    "DELETE",
+    "/task/<task_id>",
+    tag="Tasks",
+    answers={204: empty_answer("The task is gone, and its files go with it.")},
+    refusals=(404, 409),
+)
+def delete_task(path: schemas.TaskPath) -> Response:
+    """Delete a final task and its outputs."""
+    status = service().ledger.delete_task(_known(path.task_id), access.owner())
+    if status is None:
+        raise _unknown_task()
+    if not status.is_final:
+        raise Problem(409, "not_final", f"The task is {status}; cancel it first.")
+    return Response(status=204)
+
+
+@ROUTES.add(
     "GET",
     "/task/<task_id>/outputs/<index>",
     tag="Outputs",
@@ -184,7 +297,12 @@ def cancel_task(path: schemas.TaskPath) -> Response:
 )
 def read_output(path: schemas.OutputPath) -> Response:
     """Read the bytes of an output; the address is stable as long as the task exists."""
-    task = _task(path.task_id)
+    here = service()
+    task = here.ledger.get(_known(path.task_id), access.owner())
+    if task is None:
+        if here.ledger.was_deleted(_known(path.task_id), access.owner()):
+            raise Problem(410, detail="The task was deleted, and its files with it.")
+        raise _unknown_task()
     output = next((output for output in task.outputs if output.index == path.index), None)
     if output is None:
         raise Problem(404, detail="The task has no output of this number.")
@@ -380,6 +498,11 @@ def _task(task_id: str) -> Task:
     return task
 
 
+def _key_reused() -> Problem:
+    detail = "This Idempotency-Key was used before with another body."
+    return Problem(422, "idempotency_key_reuse", detail)
+
+
 def _unknown_task() -> Problem:
     # The same for somebody else's task: its very existence is not the caller's business.
     return Problem(404, detail="There is no task of this id.")
@@ -393,7 +516,14 @@ def _view(task: Task) -> schemas.TaskView:
     here = service()
     live = here.live.progress(task.id) if task.status is TaskStatus.PROCESSING else None
     position = _position(task)
-    return schemas.task_view(task, _link, live=live, position=position, reason=_wait_reason(task, position))
+    return schemas.task_view(
+        task,
+        _link,
+        live=live,
+        position=position,
+        reason=_wait_reason(task, position),
+        retention=here.settings.retention,
+    )
 
 
 def _wait_reason(task: Task, position: int | None) -> tuple[str, str] | None:

@@ -38,6 +38,9 @@ __all__ = [
     "ListQuery",
     "OutputPath",
     "ProblemView",
+    "Retried",
+    "RetryBody",
+    "RetryReport",
     "StatusView",
     "SubmitBody",
     "SubmitHeaders",
@@ -172,6 +175,22 @@ class ListQuery(BaseModel):
     cursor: str | None = Field(None, pattern=UUID_PATTERN, description="`next_cursor` of the page before.")
 
 
+class RetryBody(_Request):
+    """Which of one's final tasks to send again."""
+
+    status: Literal["failed", "canceled", "completed"] = "failed"
+    error_code: str | None = Field(
+        None, pattern=r"^[a-z_]{1,63}$", description="Only tasks with this `error.code`."
+    )
+    task_type: str | None = Field(None, pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")
+    created_after: Instant | None = Field(None, description="RFC 3339, with a zone.")
+    created_before: Instant | None = Field(None, description="RFC 3339, with a zone.")
+    again: bool = Field(False, description="Also tasks that were retried already.")
+    limit: Whole = Field(100, ge=1, le=1000, description="How many tasks to look at, the oldest first.")
+    cursor: str | None = Field(None, pattern=UUID_PATTERN, description="`next_cursor` of the call before.")
+    dry_run: bool = Field(False, description="Only tell what would be sent again.")
+
+
 class ProblemError(_Answer):
     """One mistake in the input."""
 
@@ -209,6 +228,35 @@ class TaskList(_Answer):
 
     tasks: list[TaskSummary]
     next_cursor: str | None
+
+
+class Retried(Accepted):
+    """A retry that is durably recorded."""
+
+    retry_of: str
+
+
+class RetryPair(_Answer):
+    """A task and its retry; `null` in a dry run."""
+
+    retry_of: str
+    task_id: str | None
+
+
+class RetryRefusal(_Answer):
+    """A task that cannot be sent again."""
+
+    task_id: str
+    code: str
+    detail: str
+
+
+class RetryReport(_Answer):
+    """What a retry by filter did."""
+
+    retried: list[RetryPair]
+    refused: list[RetryRefusal]
+    next_cursor: str | None = Field(description="Go on behind these; `null` at the end.")
 
 
 class AssetView(_Answer):
