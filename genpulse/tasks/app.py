@@ -97,12 +97,14 @@ def build_app(settings: Settings | None = None, registry: Registry | None = None
     celery.config_from_object("celeryconfig", force=True)
     if settings is not None:
         celery.conf.update(broker_url=broker_url(settings), result_backend=result_backend(settings))
-    celery.conf.task_queues = [celery_queue(name) for name in registry.queues()]
+    names = (*registry.queues(), queues.WEBHOOKS)
+    celery.conf.task_queues = [celery_queue(name) for name in names]
     celery.conf.task_routes = {
         registry.task_name(found.task_type): {"queue": found.queue} for found in registry
     }
     for found in registry:
         _add_task_function(celery, registry.task_name(found.task_type), found.summary)
+    _add_webhooks(celery)
     _connect_signals()
     return celery
 
@@ -120,6 +122,18 @@ def _add_task_function(celery: Celery, name: str, summary: str) -> None:
         "name": name,
         "Request": f"{__name__}:GenPulseRequest",
     }
+    celery.task(run, **options)
+
+
+def _add_webhooks(celery: Celery) -> None:
+    """The task that delivers webhooks. Its message names none: the ledger knows what is due."""
+
+    def run() -> int:
+        from genpulse.tasks.webhooks import deliver_due
+
+        return deliver_due()
+
+    options: dict[str, Any] = {"shared": False, "name": "genpulse.webhooks", "ignore_result": True}
     celery.task(run, **options)
 
 

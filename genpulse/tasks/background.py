@@ -23,6 +23,7 @@ from genpulse.tasks import wiring
 from genpulse.tasks.producer import Producer, RunwayView
 from genpulse.tasks.relay import Relay
 from genpulse.tasks.sweeper import Sweeper
+from genpulse.tasks.webhooks import Bell
 
 __all__ = ["Background", "logged", "run", "start_in_api", "stop"]
 
@@ -55,6 +56,7 @@ class Background:
         # The sweeper's own relay and producer: two threads never share one.
         others = Relay(self.ledger, Producer(settings), max_running=settings.max_running)
         self._sweeper = Sweeper(settings, self.ledger, others, self._view, self._live)
+        self._bell = Bell(self.ledger, self._producer, self._view)
         self._ear = Ear(settings.redis_url.get_secret_value(), self._heard)
         self._threads = [
             threading.Thread(target=self._relay_loop, name="genpulse-relay", daemon=True),
@@ -126,6 +128,8 @@ class Background:
                 # A batch is bounded: go on until the runway is full or the outbox empty.
                 while self._relay.pulse() and not self.stopping.is_set():
                     pass
+            with logged("webhooks"), self.quiet():
+                self._bell.ring()
 
     def _sweep_loop(self) -> None:
         while not self.stopping.wait(SWEEP_S):

@@ -24,6 +24,7 @@ __all__ = [
     "PERMANENT_KEYS",
     "PRIORITY_STEPS",
     "QUEUES",
+    "WEBHOOKS",
     "Queue",
     "base_queue",
     "check_name",
@@ -38,6 +39,7 @@ __all__ = [
 
 COMFY = "comfy"
 CPU = "cpu"
+WEBHOOKS = "webhooks"
 
 DEFAULT_QUEUE = COMFY
 
@@ -70,6 +72,7 @@ QUEUES = MappingProxyType(
         for queue in (
             Queue(COMFY, "Workflows on ComfyUI servers", on_servers=True),
             Queue(CPU, "Short work on the worker's own cores", on_servers=False),
+            Queue(WEBHOOKS, "Hints that webhooks are due; no task type has it", on_servers=False),
         )
     }
 )

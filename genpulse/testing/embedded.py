@@ -486,12 +486,13 @@ class EmbeddedStack:
             "genpulse",
             "start-worker",
             "-Q",
-            queue,
+            f"{queue},webhooks" if queue == "cpu" else queue,
             "-n",
             f"{queue}@%h",
         ]
         if queue == "cpu" and not self.settings.worker_concurrency:
-            command += ["-c", str(min(4, os.cpu_count() or 1))]
+            # One more, for a round of webhooks whose receivers are slow holds one.
+            command += ["-c", str(min(4, os.cpu_count() or 1) + 1)]
         # Another start-all on this machine, with a data folder of its own, has a node of this name too;
         # they share nothing, since each has a broker of its own.
         return _Spec(

@@ -150,7 +150,12 @@ def test_routed_queues_are_served(compose: dict[str, Any]) -> None:
     from genpulse.tasks.queues import QUEUES
 
     commands = [service.get("command", []) for service in compose["services"].values()]
-    served = {command[command.index("--queues") + 1] for command in commands if "--queues" in command}
+    served = {
+        queue
+        for command in commands
+        if "--queues" in command
+        for queue in command[command.index("--queues") + 1].split(",")
+    }
 
     assert served == set(QUEUES)
 
