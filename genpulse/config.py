@@ -91,7 +91,22 @@ class Settings(BaseSettings):
         description="The one key that callers send as `Authorization: Bearer …`. Empty: no key, loopback only.",
     )
     api_workers: int = Field(2, ge=1, le=64, description="API processes.")
-    api_threads: int = Field(32, ge=2, le=1024, description="Threads of each API process.")
+    api_threads: int = Field(
+        288,
+        ge=2,
+        le=2048,
+        description="Threads of each API process, started as they are needed. 32 of them, or half of fewer than 64, are kept free of watchers.",
+    )
+    max_watchers: int = Field(
+        256,
+        ge=0,
+        description="Event streams and long polls that each API process holds at a time, as far as its threads reach. Beyond it a stream is refused with 503 and a long poll answers at once.",
+    )
+    watch_s: float = Field(
+        3600,
+        gt=0,
+        description="How long one event stream or long poll lives at most. A stream is then resumed by its reader.",
+    )
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Largest JSON body of a request.")
     max_upload_bytes: int = Field(2 * 2**30, ge=1024, description="Largest uploaded file.")
     proxies: int = Field(
@@ -427,6 +442,11 @@ class Settings(BaseSettings):
     def webhook_schedule(self) -> tuple[float, ...]:
         """When a webhook is tried, in seconds after the task's end."""
         return tuple(float(part) for part in _parts(self.webhook_schedule_s))
+
+    @property
+    def watcher_places(self) -> int:
+        """How many watchers an API process takes, so that they never have all of its threads."""
+        return min(self.max_watchers, self.api_threads - min(32, self.api_threads // 2))
 
     @property
     def retention(self) -> dt.timedelta | None:
