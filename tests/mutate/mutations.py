@@ -176,9 +176,10 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Edit(
                 RUNNING,
-                "self._back_to_pending(connection, fence, delay_s=delay_s, bound_for_s=adopt_wait_s)",
-                "self._back_to_pending(connection, fence, delay_s=delay_s, bound_for_s=adopt_wait_s, "
-                'losses=row["losses"] + 1)',
+                "            self._end_attempt(connection, fence, AttemptOutcome.HANDED_BACK,",
+                "            mine = t.tasks.c.id == fence.task_id\n"
+                "            connection.execute(sa.update(t.tasks).where(mine).values(losses=t.tasks.c.losses + 1))\n"
+                "            self._end_attempt(connection, fence, AttemptOutcome.HANDED_BACK,",
             ),
         ),
         (
@@ -223,8 +224,9 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Edit(
                 REQUESTS,
-                "query = sa.select(t.tasks).where(t.tasks.c.id == task_id)\n            if owner is not None:",
-                "query = sa.select(t.tasks).where(t.tasks.c.id == task_id)\n            if False:",
+                "                query = query.where(t.tasks.c.owner == owner)\n"
+                "            row = connection.execute(query).mappings().first()\n",
+                "                pass\n            row = connection.execute(query).mappings().first()\n",
             ),
         ),
         (
