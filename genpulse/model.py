@@ -21,6 +21,7 @@ __all__ = [
     "Asset",
     "Attempt",
     "AttemptOutcome",
+    "Batch",
     "Claim",
     "ErrorInfo",
     "Fence",
@@ -248,8 +249,56 @@ class Task:
     error: ErrorInfo | None = None
     run_s: float | None = None
     store_s: float | None = None
+    batch_id: str | None = None
+    batch_index: int | None = None
+    """Its place in the batch, from 0."""
     outputs: tuple[Output, ...] = ()
     attempts: tuple[Attempt, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Tasks that were submitted together, as they stand now."""
+
+    id: str
+    owner: str
+    size: int
+    """Tasks when it was submitted; those deleted since are in no count."""
+    created_at: dt.datetime
+    counts: Mapping[TaskStatus, int]
+    grid: tuple[str, ...] = ()
+    """What its grid varied; empty for tasks that were named one by one."""
+    stopping: int = 0
+    """Running tasks that were asked to stop."""
+    updated_at: dt.datetime | None = None
+    """When one of its tasks changed last."""
+    ended_at: dt.datetime | None = None
+    """When its last task ended; ``None`` while one is not final."""
+
+    @property
+    def live(self) -> int:
+        """Tasks that are not final."""
+        return self.counts[TaskStatus.PENDING] + self.counts[TaskStatus.PROCESSING]
+
+    @property
+    def status(self) -> TaskStatus:
+        """
+        One word for all: ``pending`` until the first begins or ends, ``processing`` until the last ends.
+
+        Then ``failed`` if any failed, else ``canceled`` if any was canceled, else ``completed``.
+        """
+        if self.live:
+            untouched = self.counts[TaskStatus.PENDING] == self.size
+            return TaskStatus.PENDING if untouched else TaskStatus.PROCESSING
+        for status in (TaskStatus.FAILED, TaskStatus.CANCELED):
+            if self.counts[status]:
+                return status
+        return TaskStatus.COMPLETED
+
+    @property
+    def progress(self) -> float:
+        """Percent of the tasks that are final; never falls."""
+        return round(100.0 * (self.size - self.live) / self.size, 1)
 
 
 @dataclass(frozen=True, slots=True)

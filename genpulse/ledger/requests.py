@@ -6,7 +6,7 @@ import contextlib
 import datetime as dt
 import functools
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,6 +15,8 @@ import uuid_utils
 from genpulse.errors import GenPulseError
 from genpulse.ledger import tables as t
 from genpulse.ledger.keys import Keys
+from genpulse.ledger.labels import label
+from genpulse.ledger.sharing import join
 from genpulse.ledger.types import after, now
 from genpulse.model import (
     Asset,
@@ -46,7 +48,7 @@ class SourceGone(GenPulseError):
     """A file or a task that the new task names is not there (any more): nothing was recorded."""
 
 
-class _KeyTaken(Exception):  # never leaves this module: it only rolls the insert back
+class KeyTaken(Exception):  # never leaves the ledger: it only rolls the insert back
     """Somebody else's row holds the idempotency key."""
 
 
@@ -58,15 +60,26 @@ def new_id() -> str:
 _ID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-def _is_id(text: str) -> bool:
+def is_id(text: str) -> bool:
     """Whether the text can be an id at all: PostgreSQL calls a comparison with anything else an error."""
     return _ID.fullmatch(text) is not None
+
+
+WHOLE = sa.select(t.tasks, t.batches.c.shared_params).outerjoin(
+    t.batches, t.batches.c.id == t.tasks.c.batch_id
+)
+"""Tasks with what their batch keeps for them."""
 
 
 def task_from_row(
     row: sa.RowMapping, *, outputs: Sequence[Output] = (), attempts: Sequence[Attempt] = ()
 ) -> Task:
-    """Build the frozen record from a row of ``tasks``."""
+    """
+    Build the frozen record from a row of ``tasks``.
+
+    A task of a batch has whole params only if its row was read by :data:`WHOLE`.
+    """
+    shared = row.get("shared_params")
     return Task(
         id=row["id"],
         owner=row["owner"],
@@ -74,7 +87,7 @@ def task_from_row(
         queue=row["queue"],
         priority=Priority.from_step(row["priority"]),
         status=TaskStatus(row["status"]),
-        params=row["params"],
+        params=join(shared, row["params"]) if shared is not None else row.get("params", {}),
         attempt=row["attempt"],
         max_attempts=row["max_attempts"],
         timeout_s=row["timeout_s"],
@@ -92,6 +105,8 @@ def task_from_row(
         error=ErrorInfo.from_dict(row["error"]),
         run_s=row["run_s"],
         store_s=row["store_s"],
+        batch_id=row["batch_id"],
+        batch_index=row["batch_index"],
         outputs=tuple(outputs),
         attempts=tuple(attempts),
     )
@@ -143,7 +158,7 @@ def _output_from_row(row: sa.RowMapping) -> Output:
     )
 
 
-def _in_parts(ids: Iterable[str]) -> Iterator[list[str]]:
+def in_parts(ids: Iterable[str]) -> Iterator[list[str]]:
     """Some ids at a time, for the databases bound how many a statement may name."""
     ordered = sorted(ids)
     for start in range(0, len(ordered), 500):
@@ -152,6 +167,34 @@ def _in_parts(ids: Iterable[str]) -> Iterator[list[str]]:
 
 def _all(query: sa.Select[Any], connection: sa.Connection) -> Sequence[Any]:
     return connection.execute(query).all()
+
+
+INSERT = sa.insert(t.tasks).values(
+    status=TaskStatus.PENDING,
+    created_at=now(),
+    updated_at=now(),
+    available_at=now(),
+    expires_at=after(sa.bindparam("expires_in_s", type_=sa.Float)),
+)
+"""Takes the rows of :func:`values_of`."""
+
+
+def values_of(task_id: str, new: NewTask) -> dict[str, Any]:
+    """What a new task's row says."""
+    return {
+        "id": task_id,
+        "owner": new.owner,
+        "task_type": new.task_type,
+        "queue": new.queue,
+        "priority": new.priority.step,
+        "params": dict(new.params),
+        "metadata": dict(new.metadata),
+        "callback_url": new.callback_url,
+        "retry_of": new.retry_of,
+        "timeout_s": new.timeout_s,
+        "max_attempts": new.max_attempts,
+        "expires_in_s": new.expires_in_s,
+    }
 
 
 class Requests(Keys):
@@ -188,33 +231,18 @@ class Requests(Keys):
         def record(connection: sa.Connection) -> Task:
             row = self._insert_task(connection, task_id, new)
             if idempotency_key is not None:
-                key_of_owner = (
-                    t.idempotency_keys.c.owner == new.owner,
-                    t.idempotency_keys.c.key == idempotency_key,
+                self._take_key(
+                    connection,
+                    owner=new.owner,
+                    key=idempotency_key,
+                    body_hash=body_hash,
+                    task_id=task_id,
+                    expires_at=after(idempotency_ttl_s),
                 )
-                connection.execute(
-                    sa.delete(t.idempotency_keys).where(
-                        *key_of_owner, t.idempotency_keys.c.expires_at <= now()
-                    )
-                )
-                taken = connection.execute(
-                    self._insert(t.idempotency_keys)
-                    .values(
-                        owner=new.owner,
-                        key=idempotency_key,
-                        body_hash=body_hash,
-                        task_id=task_id,
-                        expires_at=after(idempotency_ttl_s),
-                    )
-                    .on_conflict_do_nothing()
-                    .returning(t.idempotency_keys.c.task_id)
-                ).first()
-                if taken is None:
-                    raise _KeyTaken
             return task_from_row(row)
 
         while True:
-            with contextlib.suppress(_KeyTaken):
+            with contextlib.suppress(KeyTaken):
                 return self._write(record), False
             # None: the task that had the key was deleted in this very moment, and the key with it.
             if (earlier := self._replay(new.owner, str(idempotency_key), body_hash)) is not None:
@@ -227,54 +255,72 @@ class Requests(Keys):
             former = sa.select(t.tasks.c.id).where(t.tasks.c.id == new.retry_of, t.tasks.c.owner == new.owner)
             if connection.execute(former.with_for_update()).first() is None:
                 raise SourceGone(new.retry_of)
-        for table, ids in ((t.assets, new.assets), (t.tasks, new.source_tasks)):
-            if not ids:
-                continue
-            known = (
-                sa.select(table.c.id)
-                .where(table.c.id.in_(sorted(ids)), table.c.owner == new.owner)
-                .order_by(table.c.id)
-                .with_for_update(read=True, key_share=True)
-            )
-            if gone := ids - set(connection.execute(known).scalars()):
-                raise SourceGone(", ".join(sorted(gone)))
-        row = (
-            connection.execute(
-                sa.insert(t.tasks)
-                .values(
-                    id=task_id,
-                    owner=new.owner,
-                    task_type=new.task_type,
-                    queue=new.queue,
-                    priority=new.priority.step,
-                    status=TaskStatus.PENDING,
-                    params=dict(new.params),
-                    metadata=dict(new.metadata),
-                    callback_url=new.callback_url,
-                    retry_of=new.retry_of,
-                    timeout_s=new.timeout_s,
-                    max_attempts=new.max_attempts,
-                    created_at=now(),
-                    updated_at=now(),
-                    available_at=now(),
-                    expires_at=after(new.expires_in_s) if new.expires_in_s is not None else None,
-                )
-                .returning(t.tasks)
-            )
-            .mappings()
-            .one()
-        )
-        if sources := sorted(new.assets | new.source_tasks):
-            connection.execute(
-                sa.insert(t.task_inputs), [{"task_id": task_id, "source_id": each} for each in sources]
-            )
+        self._hold_sources(connection, new.owner, new.assets, new.source_tasks)
+        insert = INSERT.returning(t.tasks)
+        row = connection.execute(insert, values_of(task_id, new)).mappings().one()
+        self._insert_beside(connection, {task_id: new})
         return row
+
+    def _hold_sources(
+        self, connection: sa.Connection, owner: str, assets: Collection[str], tasks: Collection[str]
+    ) -> None:
+        """
+        Lock what new tasks need, so that it is not retired before they name it.
+
+        Raises:
+            SourceGone: It was, just now.
+        """
+        for table, ids in ((t.assets, assets), (t.tasks, tasks)):
+            for some in in_parts(ids):
+                known = (
+                    sa.select(table.c.id)
+                    .where(table.c.id.in_(some), table.c.owner == owner)
+                    .order_by(table.c.id)
+                    .with_for_update(read=True, key_share=True)
+                )
+                if gone := set(some) - set(connection.execute(known).scalars()):
+                    raise SourceGone(", ".join(sorted(gone)))
+
+    def _insert_beside(self, connection: sa.Connection, tasks: Mapping[str, NewTask]) -> None:
+        """The narrow rows that belong to new tasks: what they need, and by what they are found."""
+        sources = [
+            {"task_id": task_id, "source_id": each}
+            for task_id, new in tasks.items()
+            for each in sorted(new.assets | new.source_tasks)
+        ]
+        if sources:
+            connection.execute(sa.insert(t.task_inputs), sources)
+        labels = [
+            {"task_id": task_id, "label": label(new.owner, key, value)}
+            for task_id, new in tasks.items()
+            for key, value in new.metadata.items()
+        ]
+        if labels:
+            connection.execute(sa.insert(t.task_labels), labels)
+
+    def _take_key(self, connection: sa.Connection, *, owner: str, key: str, **values: Any) -> None:
+        """Write an idempotency key beside what it brings about; raises :class:`KeyTaken`."""
+        column = t.idempotency_keys.c
+        connection.execute(
+            sa.delete(t.idempotency_keys).where(
+                column.owner == owner, column.key == key, column.expires_at <= now()
+            )
+        )
+        taken = connection.execute(
+            self._insert(t.idempotency_keys)
+            .values(owner=owner, key=key, **values)
+            .on_conflict_do_nothing()
+            .returning(column.key)
+        ).first()
+        if taken is None:
+            raise KeyTaken
 
     def _replay(self, owner: str, key: str, body_hash: str) -> Task | None:
         def find(connection: sa.Connection) -> sa.RowMapping | None:
             query = (
                 sa.select(t.tasks, t.idempotency_keys.c.body_hash)
-                .join(t.idempotency_keys, t.idempotency_keys.c.task_id == t.tasks.c.id)
+                .select_from(t.idempotency_keys)
+                .outerjoin(t.tasks, t.tasks.c.id == t.idempotency_keys.c.task_id)
                 .where(t.idempotency_keys.c.owner == owner, t.idempotency_keys.c.key == key)
             )
             return connection.execute(query).mappings().first()
@@ -282,7 +328,7 @@ class Requests(Keys):
         row = self._read(find)
         if row is None:
             return None
-        if row["body_hash"] != body_hash:
+        if row["body_hash"] != body_hash or row["id"] is None:  # then it brought about a batch
             msg = "this Idempotency-Key was used before with another body"
             raise IdempotencyConflict(msg)
         return task_from_row(row)
@@ -294,11 +340,11 @@ class Requests(Keys):
         Args:
             owner: If given, somebody else's task is as unknown as one that does not exist.
         """
-        if not _is_id(task_id := task_id.lower()):
+        if not is_id(task_id := task_id.lower()):
             return None
 
         def read(connection: sa.Connection) -> Task | None:
-            query = sa.select(t.tasks).where(t.tasks.c.id == task_id)
+            query = WHOLE.where(t.tasks.c.id == task_id)
             if owner is not None:
                 query = query.where(t.tasks.c.owner == owner)
             row = connection.execute(query).mappings().first()
@@ -330,36 +376,6 @@ class Requests(Keys):
             lambda connection: {row[0]: (row[1], row[2], row[3]) for row in connection.execute(query)}
         )
 
-    def list_tasks(  # each is one filter of the public list
-        self,
-        owner: str,
-        *,
-        status: TaskStatus | None = None,
-        task_type: str | None = None,
-        created_after: dt.datetime | None = None,
-        before_id: str | None = None,
-        limit: int = 50,
-    ) -> list[Task]:
-        """
-        List an owner's tasks, newest first, without outputs and attempts.
-
-        Args:
-            before_id: The last id of the page before; ids are in order of time, so that this
-                keyset neither skips nor repeats a task while new ones arrive.
-        """
-        query = sa.select(t.tasks).where(t.tasks.c.owner == owner).order_by(t.tasks.c.id.desc()).limit(limit)
-        if status is not None:
-            query = query.where(t.tasks.c.status == status)
-        if task_type is not None:
-            query = query.where(t.tasks.c.task_type == task_type)
-        if created_after is not None:
-            query = query.where(t.tasks.c.created_at > created_after)
-        if before_id is not None:
-            query = query.where(t.tasks.c.id < before_id)
-        return self._read(
-            lambda connection: [task_from_row(row) for row in connection.execute(query).mappings()]
-        )
-
     def retryable(  # each is one filter
         self,
         owner: str,
@@ -381,7 +397,7 @@ class Requests(Keys):
             again: Also those that were retried already.
         """
         task, later = t.tasks.c, t.tasks.alias("later")
-        query = sa.select(t.tasks).where(task.owner == owner, task.status == status).order_by(task.id)
+        query = WHOLE.where(task.owner == owner, task.status == status).order_by(task.id)
         if error_code is not None:
             query = query.where(task.error["code"].as_string() == error_code)
         if task_type is not None:
@@ -631,7 +647,7 @@ class Requests(Keys):
 
     def get_asset(self, asset_id: str, owner: str) -> Asset | None:
         """An owner's asset by id."""
-        if not _is_id(asset_id := asset_id.lower()):
+        if not is_id(asset_id := asset_id.lower()):
             return None
         query = sa.select(t.assets).where(t.assets.c.id == asset_id, t.assets.c.owner == owner)
         row = self._read(lambda connection: connection.execute(query).mappings().first())
@@ -641,7 +657,7 @@ class Requests(Keys):
         """Which of these ids are assets of this owner."""
         asset = t.assets.c
         found: set[str] = set()
-        for some in _in_parts(filter(_is_id, asset_ids)):
+        for some in in_parts(filter(is_id, asset_ids)):
             query = sa.select(asset.id).where(asset.owner == owner, asset.id.in_(some))
             found.update(row.id for row in self._read(functools.partial(_all, query)))
         return found
@@ -649,7 +665,7 @@ class Requests(Keys):
     def known_outputs(self, owner: str, outputs: Collection[tuple[str, int]]) -> set[tuple[str, int]]:
         """Which of these ``(task id, index)`` are outputs of this owner's tasks."""
         found: set[tuple[str, int]] = set()
-        for some in _in_parts({task_id for task_id, _ in outputs if _is_id(task_id)}):
+        for some in in_parts({task_id for task_id, _ in outputs if is_id(task_id)}):
             query = (
                 sa.select(t.outputs.c.task_id, t.outputs.c.index)
                 .join(t.tasks, t.tasks.c.id == t.outputs.c.task_id)

@@ -18,7 +18,8 @@ import sqlalchemy as sa
 
 from genpulse.errors import OutOfMemory
 from genpulse.ledger import tables as t
-from genpulse.ledger.requests import CANCELED, Requests, attempt_from_row, new_id, task_from_row
+from genpulse.ledger.lists import Lists
+from genpulse.ledger.requests import CANCELED, WHOLE, attempt_from_row, new_id, task_from_row
 from genpulse.ledger.types import Timestamp, after, now
 from genpulse.model import (
     Attempt,
@@ -76,7 +77,7 @@ class Stray:
     attempt: int
 
 
-class Running(Requests):
+class Running(Lists):
     """The statements of workers and of the sweeper about attempts."""
 
     def claim(  # who claims, for how long, and what it serves
@@ -200,6 +201,8 @@ class Running(Requests):
                 .order_by(t.attempts.c.number.desc())
             ).mappings()
             earlier = [attempt_from_row(found) for found in rows]
+        if row["batch_id"] is not None:
+            row = connection.execute(WHOLE.where(t.tasks.c.id == row["id"])).mappings().one()
         # A prompt whose end was seen by any attempt is judged, and never adopted again.
         judged = {each.prompt_id for each in earlier if each.outcome and not each.outcome.leaves_prompt}
         return Claim(

@@ -12,6 +12,7 @@ import datetime as dt
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from typing import Any, Literal, cast
 
 from flask import Response, current_app, request, url_for
@@ -31,7 +32,7 @@ from genpulse.web.files import send_stored
 from genpulse.web.problems import Problem
 from genpulse.web.service import service
 
-__all__ = ["MODELS", "ROUTES"]
+__all__ = ["MODELS", "ROUTES", "await_task", "connection"]
 
 ROUTES = Routes()
 
@@ -62,18 +63,31 @@ _UUID = re.compile(schemas.UUID_PATTERN)
     "/task",
     tag="Tasks",
     answers={
+        200: answer(
+            schemas.TaskView,
+            "With `Prefer: wait=N`: the task is durably recorded, and final by now.",
+            Location="Where the task is read.",
+            Idempotency_Replayed="`true` where the key brought back an earlier task.",
+            Preference_Applied="`wait=N`, as long as it was willing to wait.",
+        ),
         202: answer(
             schemas.Accepted,
             "The task is durably recorded.",
             Location="Where the task is read.",
             Retry_After="Seconds after which it is worth asking.",
             Idempotency_Replayed="`true` where the key brought back an earlier task.",
-        )
+            Preference_Applied="`wait=N` if it waited so long, and the task is not final.",
+        ),
     },
     refusals=(400, 413, 415, 422, 429),
 )
-def submit_task(header: schemas.SubmitHeaders, body: schemas.SubmitBody) -> Response:
-    """Submit a task."""
+def submit_task(header: schemas.WaitingHeaders, body: schemas.SubmitBody) -> Response:
+    """
+    Submit a task.
+
+    With `Prefer: wait=N` the answer is held until the task is final, for at most N seconds. Where all
+    places of watchers are taken it is not held, and says so by the lack of `Preference-Applied`.
+    """
     _refuse_server_address(body.params)
     here = service()
     if body.task_type not in here.registry:
@@ -92,7 +106,19 @@ def submit_task(header: schemas.SubmitHeaders, body: schemas.SubmitBody) -> Resp
         raise _key_reused() from None
     if not replayed:
         here.wake()
-    return _accepted(schemas.Accepted, task, replayed=replayed)
+    if not header.wait_s:
+        return _accepted(schemas.Accepted, task, replayed=replayed)
+    found, waited = await_task(task, header.wait_s, _is_final)
+    given = (
+        _json(_view(found), 200, {"Location": _link("read_task", task_id=task.id)})
+        if _is_final(found)
+        else _accepted(schemas.Accepted, found, replayed=replayed)
+    )
+    if replayed:
+        given.headers["Idempotency-Replayed"] = "true"
+    if waited:
+        given.headers["Preference-Applied"] = f"wait={header.wait_s}"
+    return given
 
 
 def _accepted(shape: type[schemas.Accepted], task: Task, *, replayed: bool, **more: Any) -> Response:
@@ -123,23 +149,21 @@ def _accepted(shape: type[schemas.Accepted], task: Task, *, replayed: bool, **mo
 )
 def list_tasks(query: schemas.ListQuery) -> Response:
     """List one's own tasks, newest first."""
-    found = service().ledger.list_tasks(
+    page = service().ledger.list_tasks(
         access.owner(),
-        status=TaskStatus(query.status) if query.status else None,
+        statuses=[TaskStatus(query.status)] if query.status else (),
         task_type=query.task_type,
         created_after=query.created_after,
         before_id=query.cursor,
-        limit=query.limit + 1,
+        limit=query.limit,
     )
-    page = found[: query.limit]
-    more = len(found) > len(page)
     return _json(
         schemas.TaskList(
             tasks=[
                 schemas.TaskSummary(**schemas.task_summary(task, _link, service().settings.retention))
-                for task in page
+                for task in page.tasks
             ],
-            next_cursor=page[-1].id if more else None,
+            next_cursor=page.next_id,
         )
     )
 
@@ -152,11 +176,22 @@ def list_tasks(query: schemas.ListQuery) -> Response:
         200: answer(schemas.TaskView, "The task as it is now.", ETag="Changes with the task."),
         304: empty_answer("Nothing changed since `If-None-Match`."),
     },
-    refusals=(404,),
+    refusals=(404, 422),
 )
-def read_task(path: schemas.TaskPath) -> Response:
-    """Read a task."""
+def read_task(path: schemas.TaskPath, query: schemas.ReadQuery) -> Response:
+    """
+    Read a task.
+
+    With `wait` it is a long poll: the answer comes when the task is final or the time is over. With
+    `If-None-Match`, too, it comes as soon as state or progress differ from that, and is 304 if they do not.
+    Where all places of watchers are taken it answers at once.
+    """
     task = _task(path.task_id)
+    if query.wait:
+        known = request.if_none_match
+        task, _ = await_task(
+            task, query.wait, lambda found: not known.contains(_etag(_json(_view(found)))) if known else _is_final(found)
+        )
     return _with_etag(_json(_view(task)))
 
 
@@ -176,6 +211,7 @@ def cancel_task(path: schemas.TaskPath) -> Response:
     if task is None:
         raise _unknown_task()
     if task.status.is_final:
+        service().live.touch(task.id)
         return _json(_view(task))
     service().announce_cancel()
     return _json(_view(task), 202, {"Retry-After": str(POLL_S)})
@@ -657,8 +693,40 @@ def _json(view: BaseModel, status: int = 200, headers: dict[str, str] | None = N
     return Response(view.model_dump_json(), status=status, headers=headers, content_type="application/json")
 
 
+def await_task(task: Task, wait_s: float, enough: Callable[[Task], bool]) -> tuple[Task, bool]:
+    """
+    The task as soon as it is *enough*, or as it is after *wait_s* seconds; and whether that was waited for.
+
+    It is not where every place of a watcher is taken.
+    """
+    if enough(task):
+        return task, True
+    here = service()
+    watch = here.watchers.enter(task.id, connection=connection())
+    if watch is None:
+        return task, False
+    with watch:
+        found = watch.until(enough, min(wait_s, here.settings.watch_s))
+    if found is None:
+        raise _unknown_task()
+    return found, True
+
+
+def connection() -> Any:
+    """The caller's socket, where the server shows it."""
+    return request.environ.get("gunicorn.socket")
+
+
+def _is_final(task: Task) -> bool:
+    return task.status.is_final
+
+
+def _etag(answer: Response) -> str:
+    return hashlib.sha256(answer.get_data()).hexdigest()[:32]
+
+
 def _with_etag(answer: Response) -> Response:
-    answer.set_etag(hashlib.sha256(answer.get_data()).hexdigest()[:32])
+    answer.set_etag(_etag(answer))
     answer.headers["Cache-Control"] = "private, no-cache"
     answer.make_conditional(request)
     return answer
