@@ -65,6 +65,7 @@ _IDLE_S = 0.2
 PATHS = {
     "read_task": "/task/{task_id}",
     "cancel_task": "/task/{task_id}/cancel",
+    "watch_task": "/task/{task_id}/events",
     "read_output": "/task/{task_id}/outputs/{index}",
 }
 """The views that a task's links name; a test holds them against the API's routes."""
@@ -88,7 +89,7 @@ def payload(delivery: Delivery, task: Task, settings: Settings) -> str:
     body = {
         "type": delivery.event_type,
         "timestamp": ended.isoformat(),
-        "data": task_view(task, link).model_dump(mode="json"),
+        "data": task_view(task, link, retention=settings.retention).model_dump(mode="json"),
     }
     return json.dumps(body, separators=(",", ":"))
 

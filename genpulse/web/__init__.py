@@ -17,6 +17,7 @@ from genpulse.tasks.registry import Registry, default_registry
 from genpulse.tasks.wiring import open_ledger, open_live, open_storage
 from genpulse.web import access, problems
 from genpulse.web.service import Service
+from genpulse.web.watch import Watchers
 
 __all__ = ["Service", "create_app"]
 
@@ -53,7 +54,7 @@ def create_app(settings: Settings | None = None, *, registry: Registry | None = 
         SettingsError: A setting cannot be used.
         RegistryError: A task type's declaration cannot be used.
     """
-    from genpulse.web import docs  # its routes join the table
+    from genpulse.web import deliveries, docs  # their routes join the table
     from genpulse.web.api import MODELS, ROUTES
     from genpulse.web.contract import Contract
 
@@ -61,17 +62,25 @@ def create_app(settings: Settings | None = None, *, registry: Registry | None = 
     settings = settings or Settings.from_env()
     registry = registry or default_registry()
     names = [name for handler in registry for name in (handler.task_type, *handler.aliases)]
-    app = Contract(__name__, ROUTES, MODELS, names)
+    models = (*MODELS, *deliveries.MODELS)
+    app = Contract(__name__, ROUTES, models, names, webhooks=deliveries.WEBHOOKS)
     app.json.sort_keys = False  # type: ignore[attr-defined]  # Flask's default provider has it
-    ledger = open_ledger(settings, pool_size=min(8, settings.api_threads))
+    # Up to five times as many in a rush. Watchers need none while they wait.
+    ledger = open_ledger(settings, pool_size=min(6, settings.api_threads))
     app.config.update(MAX_CONTENT_LENGTH=settings.max_body_bytes, SQLALCHEMY_DATABASE_URI=settings.ledger_url)
     _Database(ledger.engine).init_app(app)
-    app.extensions["genpulse"] = Service(
+    service = app.extensions["genpulse"] = Service(
         settings=settings,
         ledger=ledger,
         storage=open_storage(settings),
         live=open_live(settings),
         registry=registry,
+    )
+    service.watchers = Watchers(
+        ledger,
+        settings.redis_url.get_secret_value(),
+        places=settings.watcher_places,
+        is_stopping=lambda: service.is_stopping(),
     )
     problems.install(app)
     access.install(app, settings, ROUTES.open_views())

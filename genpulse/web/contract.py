@@ -27,7 +27,7 @@ from genpulse.web.bodies import check_values, read_json
 from genpulse.web.problems import Problem, validation_problem
 from genpulse.web.schemas import ProblemView
 
-__all__ = ["Contract", "Route", "Routes", "answer", "bytes_answer", "empty_answer"]
+__all__ = ["Contract", "Route", "Routes", "answer", "bytes_answer", "empty_answer", "events_answer"]
 
 V = TypeVar("V", bound=Callable[..., Any])
 
@@ -125,7 +125,12 @@ class Contract(OpenAPI):
     """The Flask application whose ``api_doc`` is the contract."""
 
     def __init__(
-        self, import_name: str, routes: Routes, models: Iterable[type[BaseModel]], task_types: Iterable[str]
+        self,
+        import_name: str,
+        routes: Routes,
+        models: Iterable[type[BaseModel]],
+        task_types: Iterable[str],
+        webhooks: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             import_name,
@@ -140,6 +145,7 @@ class Contract(OpenAPI):
         self.url_map.merge_slashes = False
         self._models = tuple(models)
         self._task_types = list(task_types)
+        self._webhooks = webhooks or {}
         # Two mounts of one table: the document has each operation once, with both as its servers.
         self.register_api(routes.blueprint("api", documented=True))
         self.register_api(routes.blueprint("v1", documented=False), url_prefix=VERSION_PREFIX)
@@ -154,6 +160,8 @@ class Contract(OpenAPI):
         self.spec_json["components"]["schemas"] = schema["$defs"]
         schema["$defs"]["SubmitBody"]["properties"]["task_type"]["enum"] = self._task_types
         self.spec_json["servers"] = [{"url": "/"}, {"url": VERSION_PREFIX}]
+        if self._webhooks:
+            self.spec_json["webhooks"] = self._webhooks
         for item in self.spec_json["paths"].values():
             for operation in item.values():
                 # Added to every operation, also where nothing can be invalid.
@@ -168,6 +176,15 @@ def answer(model: type[BaseModel], description: str, **headers: str) -> dict[str
         "description": description,
         "content": {"application/json": {"schema": schema}},
         **_headers(headers),
+    }
+
+
+def events_answer(description: str, examples: dict[str, str]) -> dict[str, Any]:
+    """A stream of server-sent events; *examples* by what they show."""
+    shown = {name: {"value": text} for name, text in examples.items()}
+    return {
+        "description": description,
+        "content": {"text/event-stream": {"schema": {"type": "string"}, "examples": shown}},
     }
 
 

@@ -38,6 +38,7 @@ __all__ = [
     "ListQuery",
     "OutputPath",
     "ProblemView",
+    "ReadQuery",
     "Retried",
     "RetryBody",
     "RetryReport",
@@ -50,6 +51,7 @@ __all__ = [
     "TaskTypes",
     "TaskView",
     "Urls",
+    "WaitingHeaders",
     "task_summary",
     "task_view",
     "urls",
@@ -104,6 +106,8 @@ CallbackUrl = Annotated[
 ]
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 MetadataValue = Annotated[str, StringConstraints(max_length=500)]
+MAX_WAIT_S = 60
+"""The longest long poll; proxies give up at about this age."""
 UUID_PATTERN = r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
 
 
@@ -118,7 +122,7 @@ class SubmitBody(_Request):
     )
     priority: Literal["low", "normal", "high"] = "normal"
     callback_url: CallbackUrl | None = Field(
-        None, description="Told when the task is final. Refused by versions without webhooks."
+        None, description="Told when the task is final: a webhook, see `webhooks` in this document."
     )
     timeout_s: Whole | None = Field(None, ge=1, le=86_400, description="How long rendering may take.")
     expires_in_s: Whole | None = Field(
@@ -142,6 +146,41 @@ class SubmitHeaders(_Request):
         max_length=255,
         pattern=r"^[\x21-\x7e]*$",
         description="1 to 255 visible characters. The same key and body give the same task for 24 hours.",
+    )
+
+
+class WaitingHeaders(SubmitHeaders):
+    """Headers of a submission that may wait for the end."""
+
+    prefer: str | None = Field(
+        None,
+        alias="Prefer",
+        description="RFC 7240: `wait=N` holds the answer for up to 60 seconds, until the task is final.",
+        json_schema_extra={"examples": ["wait=30"]},
+    )
+
+    @property
+    def wait_s(self) -> int:
+        """Seconds that the caller would wait, 0 to 60. What is not understood is no preference."""
+        for preference in (self.prefer or "").split(","):
+            name, _, value = preference.partition(";")[0].partition("=")
+            value = value.strip().strip('"')
+            if name.strip().lower() == "wait" and re.fullmatch("[0-9]{1,9}", value):
+                return min(int(value), MAX_WAIT_S)
+        return 0
+
+
+class ReadQuery(BaseModel):
+    """How to read a task."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    wait: float = Field(
+        0,
+        ge=0,
+        le=MAX_WAIT_S,
+        allow_inf_nan=False,
+        description="Long poll: answer when the task is final, or after so many seconds. With `If-None-Match` any change of state or progress ends it.",
     )
 
 
