@@ -127,6 +127,7 @@ def test_an_idle_connection_that_went_stale_costs_no_error(
     producer.publish([(new_ids(1)[0], "genpulse.comfyui", "comfy", 3)])
 
     proxy.cut()
+    time.sleep(0.5)  # the proxy's threads let go of the socket only when they wake
 
     producer.publish([(new_ids(1)[0], "genpulse.comfyui", "comfy", 3)])
     producer.close()
