@@ -129,13 +129,14 @@ def unbroken(copy: Path, chosen: Sequence[Mutation]) -> str:
     """Run all named tests before anything is broken: a test that fails anyway proves nothing. Why not, if not."""
     tests = sorted({test for each in chosen for test in each.tests})
     say(f"{len(tests)} tests on the unbroken copy …")
-    run = pytest(copy, tests, BASELINE_S)
+    run = pytest(copy, ["--maxfail=3", *tests], BASELINE_S)
     wrong = {node: verdict for node, verdict in run.verdicts.items() if verdict != PASSED}
     missing = [test for test in tests if not run.of(test)]
     if run.problem or wrong or missing:
         lines = [f"  {node}: {verdict}" for node, verdict in wrong.items()]
-        lines += [f"  {test}: was not run" for test in missing]
-        return "\n".join([run.output, "Not green before anything was broken:", run.problem, *lines])
+        if not wrong:
+            lines += [f"  {test}: was not run" for test in missing]
+        return "\n".join([run.output, f"Not green before anything was broken. {run.problem}", *lines])
     say(f"  all {len(run.verdicts)} green, {run.seconds:.1f} s")
     return ""
 
@@ -190,13 +191,13 @@ def judge(mutation: Mutation, run: Run) -> Result:
     return Result(mutation.name, caught, tuple(notes), run.seconds, "" if caught else run.output)
 
 
-def pytest(copy: Path, tests: Sequence[str], timeout_s: float) -> Run:
+def pytest(copy: Path, arguments: Sequence[str], timeout_s: float) -> Run:
     """Run tests of the copy, on real services, in a session of their own."""
     verdicts = copy / "verdicts.json"
     verdicts.unlink(missing_ok=True)
     command = [
-        sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:randomly", "-p", "no:cacheprovider",
-        "-n0", "-p", "tests.mutate.verdicts", f"--verdicts={verdicts}", *tests,
+        sys.executable, "-m", "pytest", "-q", "-rN", "--tb=short", "-p", "no:randomly", "-p", "no:cacheprovider",
+        "-n0", "-p", "tests.mutate.verdicts", f"--verdicts={verdicts}", *arguments,
     ]  # fmt: skip
     environ = {
         **os.environ,
