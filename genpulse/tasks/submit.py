@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from genpulse.config import Settings
 from genpulse.errors import InvalidRequest, UnsafeUrl
@@ -23,7 +23,10 @@ from genpulse.model import NewTask, Priority, Task, TaskStatus
 from genpulse.tasks.inputs import open_egress
 from genpulse.tasks.registry import Checked, Registry
 
-__all__ = ["Refused", "Retries", "accept", "body_digest", "prepare", "retry", "retry_matching"]
+__all__ = ["Locate", "Refused", "Retries", "accept", "body_digest", "prepare", "retry", "retry_matching"]
+
+Locate: TypeAlias = Callable[[int, str], str]
+"""From the number of a request and a JSON pointer in it to the pointer that its sender understands."""
 
 _RETRY_BATCH = 100
 """Tasks recorded in one transaction of a retry in bulk."""
@@ -201,7 +204,7 @@ def prepare(
     bodies: Sequence[Mapping[str, Any]],
     *,
     owner: str,
-    pointers: Sequence[str] = ("",),
+    locate: Locate | None = None,
 ) -> list[NewTask]:
     """
     Check requests and make tasks of them, without recording anything.
@@ -211,15 +214,19 @@ def prepare(
 
     Args:
         bodies: As for :func:`accept`.
-        pointers: Where each request stands in what the caller sent, put before the pointers of errors.
+        locate: Where in what the caller sent a place in one of the requests is.
 
     Raises:
         InvalidRequest: About the first request that makes no task.
     """
     checkers: dict[str, Callable[[Mapping[str, Any]], Checked]] = {}
     prepared: list[tuple[NewTask, Checked]] = []
-    for body, pointer in zip(bodies, pointers, strict=True):
-        with _pointing_below(pointer):
+    for index, body in enumerate(bodies):
+        with _located(index, locate):
+            if "server_address" in body["params"]:
+                # In the original system a caller could make the workers speak to any host by this.
+                sentence = "server_address is not the caller's to choose."
+                raise InvalidRequest("invalid_request", sentence, [("/params/server_address", sentence)])
             if (callback_url := body.get("callback_url")) is not None:
                 _check_callback(settings, callback_url)
             handler = registry.get(body["task_type"])
@@ -241,20 +248,20 @@ def prepare(
                 source_tasks=frozenset(task_id for task_id, _ in checked.outputs),
             )
         prepared.append((new, checked))
-    _find_references(ledger, owner, [checked for _, checked in prepared], pointers)
+    _find_references(ledger, owner, [checked for _, checked in prepared], locate)
     return [new for new, _ in prepared]
 
 
 @contextlib.contextmanager
-def _pointing_below(pointer: str) -> Iterator[None]:
-    """Errors of one of several requests say which one."""
+def _located(index: int, locate: Locate | None) -> Iterator[None]:
+    """Errors of one of several requests say where in all of them they are."""
     try:
         yield
     except InvalidRequest as error:
-        if not pointer:
+        if locate is None:
             raise
-        errors = [(pointer + where, what) for where, what in error.errors or [("", error.detail)]]
-        raise InvalidRequest(error.problem, f"{pointer}: {error.detail}", errors) from error
+        errors = [(locate(index, where), what) for where, what in error.errors or [("", error.detail)]]
+        raise InvalidRequest(error.problem, f"{errors[0][0]}: {error.detail}", errors) from error
 
 
 def body_digest(body: Mapping[str, Any]) -> str:
@@ -284,11 +291,11 @@ def _check_urls(settings: Settings, urls: tuple[tuple[str, str], ...]) -> None:
         raise InvalidRequest("unsafe_url", f"{errors[0][0]}: {errors[0][1]}.", errors)
 
 
-def _find_references(ledger: Ledger, owner: str, checked: Sequence[Checked], pointers: Sequence[str]) -> None:
+def _find_references(ledger: Ledger, owner: str, checked: Sequence[Checked], locate: Locate | None) -> None:
     """Refuse what names a file that this owner does not have. Somebody else's is as missing as none."""
     assets = ledger.known_assets(owner, {each for one in checked for each in one.assets})
     outputs = ledger.known_outputs(owner, {each for one in checked for each in one.outputs})
-    for one, pointer in zip(checked, pointers, strict=True):
+    for index, one in enumerate(checked):
         missing = [f"asset:{each}" for each in dict.fromkeys(one.assets) if each not in assets]
         missing += [
             f"output:{task_id}/{index}"
@@ -297,5 +304,5 @@ def _find_references(ledger: Ledger, owner: str, checked: Sequence[Checked], poi
         ]
         if missing:
             sentence = f"There is no {' and no '.join(missing)}."
-            with _pointing_below(pointer):
+            with _located(index, locate):
                 raise InvalidRequest("missing_asset", sentence, [("/params", sentence)])

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import hashlib
 import json
 import re
 from collections.abc import Callable
 from typing import Any, Literal, cast
 
-from flask import Response, current_app, request, url_for
+from flask import Response, current_app, request
 from pydantic import BaseModel
 
 from genpulse import __version__
@@ -26,6 +25,10 @@ from genpulse.storage import InvalidKey, check_key
 from genpulse.tasks import queues
 from genpulse.tasks.submit import accept, retry, retry_matching
 from genpulse.web import access, schemas
+from genpulse.web.answers import etag as _etag
+from genpulse.web.answers import json_answer as _json
+from genpulse.web.answers import link as _link
+from genpulse.web.answers import with_etag as _with_etag
 from genpulse.web.bodies import read_upload
 from genpulse.web.contract import Contract, Routes, answer, bytes_answer, empty_answer
 from genpulse.web.files import send_stored
@@ -88,7 +91,6 @@ def submit_task(header: schemas.WaitingHeaders, body: schemas.SubmitBody) -> Res
     With `Prefer: wait=N` the answer is held until the task is final, for at most N seconds. Where all
     places of watchers are taken it is not held, and says so by the lack of `Preference-Applied`.
     """
-    _refuse_server_address(body.params)
     here = service()
     if body.task_type not in here.registry:
         detail = f"There is no such task type; there are: {', '.join(here.registry.types())}."
@@ -190,7 +192,9 @@ def read_task(path: schemas.TaskPath, query: schemas.ReadQuery) -> Response:
     if query.wait:
         known = request.if_none_match
         task, _ = await_task(
-            task, query.wait, lambda found: not known.contains(_etag(_json(_view(found)))) if known else _is_final(found)
+            task,
+            query.wait,
+            lambda found: not known.contains(_etag(_json(_view(found)))) if known else _is_final(found),
         )
     return _with_etag(_json(_view(task)))
 
@@ -512,15 +516,6 @@ def index() -> Response:
     )
 
 
-def _refuse_server_address(params: dict[str, Any]) -> None:
-    # In the original system a caller could make the workers speak to any host by this.
-    if "server_address" in params:
-        reason = "is not the caller's to choose"
-        raise Problem(
-            422, "invalid_request", f"server_address {reason}.", errors=[("/params/server_address", reason)]
-        )
-
-
 def _known(task_id: str) -> str:
     if not _UUID.match(task_id):
         raise _unknown_task()
@@ -679,20 +674,6 @@ def _fleet(problems: list[str]) -> dict[str, Any]:
     }
 
 
-def _link(view: str, **values: Any) -> str:
-    """The address of a view, below the mount (root or ``/v1``) that this request came in by."""
-    path = url_for(f"{request.blueprint or 'api'}.{view}", **values)
-    public = service().settings.public_url
-    if not public:
-        return request.host_url.rstrip("/") + path
-    # Behind a proxy that strips a prefix, the public address has it and our path does not.
-    return public.rstrip("/") + path.removeprefix(request.script_root or "\0")
-
-
-def _json(view: BaseModel, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(view.model_dump_json(), status=status, headers=headers, content_type="application/json")
-
-
 def await_task(task: Task, wait_s: float, enough: Callable[[Task], bool]) -> tuple[Task, bool]:
     """
     The task as soon as it is *enough*, or as it is after *wait_s* seconds; and whether that was waited for.
@@ -719,14 +700,3 @@ def connection() -> Any:
 
 def _is_final(task: Task) -> bool:
     return task.status.is_final
-
-
-def _etag(answer: Response) -> str:
-    return hashlib.sha256(answer.get_data()).hexdigest()[:32]
-
-
-def _with_etag(answer: Response) -> Response:
-    answer.set_etag(_etag(answer))
-    answer.headers["Cache-Control"] = "private, no-cache"
-    answer.make_conditional(request)
-    return answer

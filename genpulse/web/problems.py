@@ -152,7 +152,7 @@ def install(app: Flask) -> None:
 
 
 def _invalid(error: InvalidRequest) -> Response:
-    status = 409 if error.problem == "not_final" else 422
+    status = {"not_final": 409, "too_large": 413}.get(error.problem, 422)
     return Problem(status, error.problem, error.detail, errors=error.errors).response()
 
 

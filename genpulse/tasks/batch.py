@@ -1,0 +1,218 @@
+"""
+Many tasks in one request: named one by one, or as a template and a grid of values.
+
+A grid names places in the template's params and the values to put there; the tasks are all its
+combinations. A place is a field, ``width``, or one entry of a field that holds an object,
+``inputs.seed``; what follows the first dot is one name, dots included (``inputs.6.text``).
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from genpulse.config import Settings
+from genpulse.errors import InvalidRequest
+from genpulse.ledger import Ledger, SourceGone
+from genpulse.model import Batch
+from genpulse.tasks.registry import Registry
+from genpulse.tasks.submit import Locate, body_digest, prepare
+
+__all__ = ["MAX_TASKS", "Grid", "accept_grid", "accept_tasks"]
+
+MAX_TASKS = 1000
+"""Tasks of one batch."""
+
+
+class Grid:
+    """
+    A request whose params take every combination of some values.
+
+    The last place varies fastest. What does not vary is the same object in every request.
+
+    Args:
+        template: A request as for a single task.
+        values: By place, at least one each.
+
+    Raises:
+        InvalidRequest: Too many combinations, or a place that cannot be one; with JSON pointers
+            below ``/grid``.
+    """
+
+    def __init__(self, template: Mapping[str, Any], values: Mapping[str, Sequence[Any]]) -> None:
+        self._template = template
+        self._values = values
+        size = math.prod(len(each) for each in values.values())
+        if size > MAX_TASKS:
+            sentence = f"The grid makes {size} tasks; a batch has at most {MAX_TASKS}."
+            raise InvalidRequest("invalid_request", sentence, [("/grid", sentence)])
+        self._places = {name: _place(name) for name in values}
+        fields = [field for field, key in self._places.values() if key is None]
+        for name, (field, key) in self._places.items():
+            problem = None
+            if not field or key == "":
+                problem = "a place is a field of the params, or <field>.<name>"
+            elif key is not None and not isinstance(template["params"].get(field, {}), dict):
+                problem = f"the template's {field} is no object, so there is no place in it"
+            elif key is not None and field in fields:
+                problem = f"the grid varies all of {field} already"
+            if problem is not None:
+                raise InvalidRequest("invalid_request", problem, [(f"/grid/{_escape(name)}", problem)])
+
+    @property
+    def stored_bytes(self) -> int:
+        """About what the tasks need beyond what they share, as JSON."""
+        size = math.prod(len(each) for each in self._values.values())
+        varying = sum(
+            size // len(values) * sum(len(json.dumps(value)) for value in values)
+            for values in self._values.values()
+        )
+        own = {name: value for name, value in self._template.items() if name != "params"}
+        return varying + size * len(json.dumps(own))
+
+    def requests(self) -> list[dict[str, Any]]:
+        """The template once for each combination."""
+        found = []
+        for values in itertools.product(*self._values.values()):
+            params = dict(self._template["params"])
+            objects: dict[str, dict[str, Any]] = {}
+            for (field, key), value in zip(self._places.values(), values, strict=True):
+                if key is None:
+                    params[field] = value
+                else:
+                    if field not in objects:
+                        params[field] = objects[field] = dict(params.get(field, {}))
+                    objects[field][key] = value
+            found.append({**self._template, "params": params})
+        return found
+
+    def locate(self, index: int, pointer: str) -> str:
+        """Which value of the grid, or else what in the template, a place in a request comes from."""
+        for name, (field, key) in self._places.items():
+            place = f"/params/{_escape(field)}" + ("" if key is None else f"/{_escape(key)}")
+            if pointer == place or pointer.startswith(place + "/"):
+                return f"/grid/{_escape(name)}/{self._number(name, index)}{pointer.removeprefix(place)}"
+        return f"/template{pointer}"
+
+    def _number(self, name: str, index: int) -> int:
+        """Which value of a place the request of this number has."""
+        faster = itertools.dropwhile(lambda each: each != name, self._values)
+        next(faster)
+        return index // math.prod(len(self._values[each]) for each in faster) % len(self._values[name])
+
+
+def accept_grid(
+    ledger: Ledger,
+    registry: Registry,
+    settings: Settings,
+    template: Mapping[str, Any],
+    values: Mapping[str, Sequence[Any]],
+    *,
+    owner: str,
+    idempotency_key: str | None = None,
+) -> tuple[Batch, bool]:
+    """
+    Check a grid of tasks and record all of them, or none.
+
+    Returns:
+        The batch, and whether it is a replay of an earlier request.
+
+    Raises:
+        InvalidRequest: One of them makes no task; its pointers are below ``/template`` and ``/grid``.
+            ``too_large`` if the tasks differ by more bytes than a request may have.
+        IdempotencyConflict: The key was used with another body.
+        LedgerUnavailable: Nothing is known to be recorded.
+    """
+    grid = Grid(template, values)
+    if grid.stored_bytes > settings.max_body_bytes:
+        sentence = f"What the tasks do not share is more than {settings.max_body_bytes} bytes."
+        raise InvalidRequest("too_large", sentence, [("/grid", sentence)])
+    return _accept(
+        ledger,
+        registry,
+        settings,
+        grid.requests(),
+        grid.locate,
+        owner=owner,
+        grid=list(values),
+        idempotency_key=idempotency_key,
+        # In this order, for the order of the grid's names decides the order of the tasks.
+        body_hash=body_digest({"template": template, "grid": list(values.items())}),
+    )
+
+
+def accept_tasks(
+    ledger: Ledger,
+    registry: Registry,
+    settings: Settings,
+    tasks: Sequence[Mapping[str, Any]],
+    *,
+    owner: str,
+    idempotency_key: str | None = None,
+) -> tuple[Batch, bool]:
+    """As :func:`accept_grid`, for tasks named one by one; the pointers are below ``/tasks``."""
+    return _accept(
+        ledger,
+        registry,
+        settings,
+        _sharing(tasks),
+        lambda index, pointer: f"/tasks/{index}{pointer}",
+        owner=owner,
+        grid=[],
+        idempotency_key=idempotency_key,
+        body_hash=body_digest({"tasks": tasks}),
+    )
+
+
+def _accept(
+    ledger: Ledger,
+    registry: Registry,
+    settings: Settings,
+    requests: Sequence[Mapping[str, Any]],
+    locate: Locate,
+    *,
+    owner: str,
+    grid: Sequence[str],
+    idempotency_key: str | None,
+    body_hash: str,
+) -> tuple[Batch, bool]:
+    tasks = prepare(ledger, registry, settings, requests, owner=owner, locate=locate)
+    try:
+        return ledger.submit_batch(
+            tasks,
+            grid=grid,
+            idempotency_key=idempotency_key,
+            body_hash=body_hash,
+            idempotency_ttl_s=settings.idempotency_ttl_s,
+        )
+    except SourceGone:
+        sentence = "A file that one of the tasks names was deleted just now."
+        raise InvalidRequest("missing_asset", sentence, [("", sentence)]) from None
+
+
+def _sharing(tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The requests with fields of their params that are equal made one object, to be checked once."""
+    known: dict[str, Any] = {}
+    return [
+        {
+            **task,
+            "params": {
+                name: known.setdefault(json.dumps(value), value) if isinstance(value, dict) else value
+                for name, value in task["params"].items()
+            },
+        }
+        for task in tasks
+    ]
+
+
+def _place(name: str) -> tuple[str, str | None]:
+    field, dot, key = name.partition(".")
+    return field, key if dot else None
+
+
+def _escape(part: str) -> str:
+    """One part of a JSON pointer (RFC 6901)."""
+    return part.replace("~", "~0").replace("/", "~1")
