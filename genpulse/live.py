@@ -60,6 +60,7 @@ def redis_client(url: str, *, timeout_s: float) -> redis.Redis:
         retry_on_timeout=False,
         retry=None,
         decode_responses=True,
+        encoding_errors="replace",  # anybody's garbage may lie in a queue; it must not end a sweep
     )
     return client
 
