@@ -367,8 +367,8 @@ class Settings(BaseSettings):
             seconds = [float(part) for part in _parts(value)]
         except ValueError:
             seconds = []
-        if not seconds or seconds[0] < 0 or seconds != sorted(seconds) or seconds[-1] > 30 * 86_400:
-            msg = "must be rising numbers of seconds, separated by commas"
+        if not seconds or seconds[0] or seconds != sorted(seconds) or seconds[-1] > 30 * 86_400:
+            msg = "must be rising numbers of seconds from 0, separated by commas"
             raise ValueError(msg)
         return value
 
