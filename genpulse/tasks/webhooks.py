@@ -56,7 +56,7 @@ PER_HOST = 8
 THREADS = 32
 ROUND_S = 60.0
 """How long a child goes on taking deliveries for one hint."""
-_LEASE_MARGIN_S = 15.0
+_LEASE_MARGIN_S = 5.0
 _JITTER = 0.1
 _WORDS_BEYOND_SCHEDULE = 2
 """Tries that ended with their process are not held against a delivery, but not without end."""
