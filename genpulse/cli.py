@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import json
 import os
+import secrets
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
     from genpulse.client import Client
     from genpulse.config import Settings
+    from genpulse.ledger import Ledger
+    from genpulse.model import ApiKey
 
 __all__ = ["Exit", "cli", "main"]
 
@@ -99,7 +102,11 @@ def main() -> NoReturn:
 @click.option("--workers", type=click.IntRange(1, 64), help="API processes.")
 def start_api(host: str | None, port: int | None, workers: int | None) -> None:
     """Serve the HTTP API with gunicorn; it also runs the relay and a sweeper."""
-    settings(host=host, port=port, api_workers=workers)
+    found = settings(host=host, port=port, api_workers=workers)
+    from genpulse.web.callers import reason_not_to_listen
+
+    if reason := reason_not_to_listen(found):
+        raise Failure(reason, Exit.USAGE)
     execute("gunicorn", "--config", "python:genpulse.web.gunicorn_conf", "genpulse.web:create_app()")
 
 
@@ -134,6 +141,31 @@ def start_worker(
     execute("celery", "-A", "genpulse", "worker", *options, *celery_options)
 
 
+@cli.command("webhook-secret")
+@click.option("--new", is_flag=True, help="Make a new secret for GENPULSE_WEBHOOK_SECRET instead.")
+@click.option(
+    "--owner", help="Show what this owner's receivers verify with.  [default: the deployment's own]"
+)
+def webhook_secret(new: bool, owner: str | None) -> None:
+    """
+    Show the secrets that webhooks are verified with, the newest first.
+
+    Each owner of API keys has secrets of their own, derived from GENPULSE_WEBHOOK_SECRET, so that none
+    of them can sign for another's receiver.
+    """
+    from genpulse.tasks.webhooks import OWN_OWNER, signing_keys, whsec
+
+    if new:
+        click.echo(whsec(secrets.token_bytes(32)))
+        return
+    keys = signing_keys(settings(), owner or OWN_OWNER)
+    if not keys:
+        msg = "GENPULSE_WEBHOOK_SECRET is not set: genpulse webhook-secret --new"
+        raise Failure(msg, Exit.USAGE)
+    for key in keys:
+        click.echo(whsec(key))
+
+
 @cli.command("start-flower")
 @click.option("--host", help="Address to listen on; anything but loopback needs basic auth.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Port to listen on.")
@@ -143,10 +175,16 @@ def start_flower(host: str | None, port: int | None, url_prefix: str, db: Path |
     """
     Run Flower, the operators' view of Celery.
 
-    GENPULSE_FLOWER_BASIC_AUTH=user:password locks it. Its /metrics and /healthcheck stay open even
-    then, so keep it inside your network.
+    GENPULSE_FLOWER_BASIC_AUTH=user:password locks it, and must be set where there are API keys. Its
+    /metrics and /healthcheck stay open even then, so keep it inside your network.
     """
     found = settings(flower_host=host, flower_port=port)
+    if not found.flower_basic_auth.get_secret_value() and asks_for_keys(found):
+        raise Failure(
+            "this installation has API keys, and Flower shows everybody's tasks: "
+            "set GENPULSE_FLOWER_BASIC_AUTH=user:password",
+            Exit.USAGE,
+        )
     options = [f"--address={found.flower_host}", f"--port={found.flower_port}"]
     if url_prefix.strip("/"):
         options.append(f"--url_prefix={url_prefix.strip('/')}")
@@ -157,6 +195,17 @@ def start_flower(host: str | None, port: int | None, url_prefix: str, db: Path |
     if auth := found.flower_basic_auth.get_secret_value():
         os.environ["FLOWER_BASIC_AUTH"] = auth
     execute("celery", "-A", "genpulse", "flower", *options)
+
+
+def asks_for_keys(found: Settings) -> bool:
+    """Whether callers need an API key here; a ledger that does not answer has none."""
+    from genpulse.errors import LedgerUnavailable
+    from genpulse.web.callers import has_keys
+
+    try:
+        return bool(found.api_key.get_secret_value()) or has_keys(found)
+    except LedgerUnavailable:
+        return False
 
 
 @cli.command("start-sweeper")
@@ -178,6 +227,222 @@ def start_sweeper() -> None:
     while not asked.wait(0.5):  # short waits let a signal's handler run
         pass
     background.stop()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# API keys
+
+
+class Rate(click.ParamType[str]):
+    """Submissions for a time."""
+
+    name = "rate"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Refuse what the API could not count by."""
+        from genpulse.config import is_rate
+
+        if not is_rate(str(value)):
+            self.fail(f"{value!r} is not like 10/second, 600/minute or 1000/hour, or 0", param, ctx)
+        return str(value)
+
+
+class Span(click.ParamType[float]):
+    """A time from now, in seconds."""
+
+    name = "time"
+    _SECONDS: Mapping[str, int] = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """``90d`` is ninety days."""
+        match = re.fullmatch(r"([1-9]\d{0,8})([smhdw])", str(value), re.ASCII)
+        if match is None or int(match[1]) * self._SECONDS[match[2]] > 100 * 366 * 86_400:
+            self.fail(f"{value!r} is not like 12h, 90d or 52w", param, ctx)
+        return float(int(match[1]) * self._SECONDS[match[2]])
+
+
+class Label(click.ParamType[str]):
+    """A name that can stand in a path and in a log."""
+
+    name = "name"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Refuse anything that would have to be quoted somewhere."""
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}", str(value), re.ASCII):
+            self.fail("1 to 64 letters, digits, dots, dashes, underscores or @, the first a letter or digit")
+        return str(value)
+
+
+@cli.group()
+def keys() -> None:
+    """
+    Make, list and revoke API keys.
+
+    From the first key on the API asks every caller for one (Authorization: Bearer <key>), and may
+    listen on other addresses than loopback. The keys are in the ledger, as digests.
+    """
+
+
+@keys.command("create")
+@click.argument("name", type=Label())
+@click.option("--owner", type=Label(), help="Whose tasks and files it works on.  [default: NAME]")
+@click.option(
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice(["submit", "read", "admin"]),
+    help="What it may do; may be repeated.  [default: submit and read]",
+)
+@click.option("--expires-in", type=Span(), metavar="TIME", help="Until when it works: 12h, 90d, 52w.")
+@click.option("--rate", type=Rate(), metavar="RATE", help="Its own submissions, like 10/second; 0: no limit.")
+@click.option("--max-queued", type=click.IntRange(0), help="Tasks of its owner that may wait; 0: any number.")
+@click.option("--max-running", type=click.IntRange(0), help="… that may run at once; 0: any number.")
+@click.option("--json", "as_json", is_flag=True, help="Print all about it as JSON.")
+def create_key(
+    name: str,
+    owner: str | None,
+    scopes: tuple[str, ...],
+    expires_in: float | None,
+    rate: str | None,
+    max_queued: int | None,
+    max_running: int | None,
+    as_json: bool,
+) -> None:
+    """
+    Make an API key and print it: this once, for nobody can read it later.
+
+    \b
+    submit   send, cancel, retry and delete tasks, upload files
+    read     see tasks, outputs and files
+    admin    see how the whole service is doing: queues, workers, metrics
+
+    Keys of one owner see the same tasks. What was made while there was no key belongs to the owner
+    `default`. Limits that are not given are those of the settings.
+    """  # noqa: D301 - the same
+    from genpulse.ledger import mint
+
+    text = mint()
+    with ledger_of_settings() as ledger:
+        key = ledger.add_key(
+            text,
+            name=name,
+            owner=owner or name,
+            scopes=list(dict.fromkeys(scopes)) or ["submit", "read"],
+            expires_in_s=expires_in,
+            rate=rate,
+            max_queued=max_queued,
+            max_running=max_running,
+        )
+    if as_json:
+        click.echo(json.dumps({**key_as_json(key), "key": text.text}))
+        return
+    click.echo(text.text)
+    until = f", until {key.expires_at:%Y-%m-%d %H:%M} UTC" if key.expires_at else ""
+    click.echo(
+        f"key {key.id} of {key.owner} ({', '.join(key.scopes)}){until}; it is not shown again", err=True
+    )
+
+
+@keys.command("list")
+@click.option("--all", "everything", is_flag=True, help="Also those that are revoked or have expired.")
+@click.option("--json", "as_json", is_flag=True, help="Print them as JSON, the ended ones too.")
+def list_keys(everything: bool, as_json: bool) -> None:
+    """List the API keys, oldest first; the keys themselves are nowhere to be had."""
+    with ledger_of_settings() as ledger:
+        found = ledger.list_keys()
+    if as_json:
+        click.echo(json.dumps([key_as_json(key) for key in found]))
+        return
+    rows = [("ID", "NAME", "OWNER", "SCOPES", "STATE", "LAST USED", "LIMITS")]
+    rows += [
+        (
+            key.id,
+            key.name,
+            key.owner,
+            ",".join(key.scopes),
+            key_state(key),
+            f"{key.last_used_at:%Y-%m-%d %H:%M}" if key.last_used_at else "never",
+            key_limits(key),
+        )
+        for key in found
+        if everything or key.is_usable
+    ]
+    if len(rows) == 1:
+        ended = f" ({len(found)} ended: --all shows them)" if found else ""
+        click.echo(f"no API key{ended}", err=True)
+        return
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+@keys.command("revoke")
+@click.argument("key_id", metavar="ID")
+def revoke_key(key_id: str) -> None:
+    """
+    End the key with this ID, for good; it stops within two seconds.
+
+    The ID is what `keys list` shows, and the part between the underscores of the key.
+    """
+    key_id = key_id.removeprefix("gp_").partition("_")[0]
+    with ledger_of_settings() as ledger:
+        key = ledger.revoke_key(key_id)
+    if key is None:
+        raise Failure(f"there is no key {key_id}", Exit.FAILED)
+    click.echo(f"key {key.id} of {key.owner} is revoked", err=True)
+
+
+@contextmanager
+def ledger_of_settings() -> Iterator[Ledger]:
+    """The ledger; one that does not answer, or has no tables, is one line."""
+    from genpulse.errors import LedgerUnavailable
+    from genpulse.tasks.wiring import open_ledger
+
+    ledger = open_ledger(settings())
+    try:
+        yield ledger
+    except LedgerUnavailable as error:
+        raise Failure(f"the ledger does not answer: {error}", Exit.UNREACHABLE) from error
+    finally:
+        ledger.close()
+
+
+def key_state(key: ApiKey) -> str:
+    """One word, or until when it works."""
+    if key.revoked_at:
+        return "revoked"
+    if key.is_expired:
+        return "expired"
+    return f"until {key.expires_at:%Y-%m-%d}" if key.expires_at else "usable"
+
+
+def key_limits(key: ApiKey) -> str:
+    """What it says about limits."""
+    said = {"": key.rate, "queued ": key.max_queued, "running ": key.max_running}
+    return ", ".join(f"{word}{value}" for word, value in said.items() if value is not None) or "-"
+
+
+def key_as_json(key: ApiKey) -> dict[str, Any]:
+    """All about a key but its digest."""
+    times = {
+        name: value.isoformat() if (value := getattr(key, name)) else None
+        for name in ("created_at", "expires_at", "revoked_at", "last_used_at")
+    }
+    return {
+        "id": key.id,
+        "name": key.name,
+        "owner": key.owner,
+        "scopes": list(key.scopes),
+        "usable": key.is_usable,
+        "rate": key.rate,
+        "max_queued": key.max_queued,
+        "max_running": key.max_running,
+        **times,
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Setting up
 
 
 @cli.command()

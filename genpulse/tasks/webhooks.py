@@ -43,7 +43,17 @@ from genpulse.tasks.inputs import open_egress
 from genpulse.tasks.producer import BrokerUnavailable, Message, Producer, RunwayView
 from genpulse.tasks.views import task_view
 
-__all__ = ["OWN_OWNER", "PATHS", "TASK_NAME", "Bell", "Deliverer", "deliver_due", "payload", "signing_keys"]
+__all__ = [
+    "OWN_OWNER",
+    "PATHS",
+    "TASK_NAME",
+    "Bell",
+    "Deliverer",
+    "deliver_due",
+    "payload",
+    "signing_keys",
+    "whsec",
+]
 
 log = structlog.get_logger("genpulse.webhooks")
 

@@ -428,3 +428,23 @@ def test_a_setting_that_cannot_be_used_names_itself_and_not_its_value(name: str,
     with pytest.raises(SettingsError, match=f"GENPULSE_{name.upper()}") as refused:
         Settings.build(**{name: value})
     assert name != "webhook_secret" or value not in str(refused.value)
+
+
+def test_the_secrets_can_be_shown_and_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``genpulse webhook-secret`` prints is what the receivers' libraries want."""
+    from click.testing import CliRunner
+
+    from genpulse.cli import cli
+
+    def said(*arguments: str) -> list[str]:
+        done = CliRunner().invoke(cli, ["webhook-secret", *arguments])
+        assert done.exit_code == 0, done.output
+        return done.output.split()
+
+    monkeypatch.delenv("GENPULSE_WEBHOOK_SECRET", raising=False)
+    (made,) = said("--new")
+    assert CliRunner().invoke(cli, ["webhook-secret"]).exit_code == 2
+    monkeypatch.setenv("GENPULSE_WEBHOOK_SECRET", f"{made},{OLD}")
+    assert said() == [made, OLD]
+    both = Settings.build(webhook_secret=f"{made},{OLD}")
+    assert said("--owner", "eve") == [whsec(key) for key in signing_keys(both, "eve")]

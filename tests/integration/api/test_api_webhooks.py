@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import json
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from genpulse.ledger import DeliveryStatus
+from genpulse.ledger import tables as t
 from genpulse.tasks.webhooks import payload
 from genpulse.web import access
 from tests.integration.api.conftest import Api
@@ -146,3 +148,15 @@ def test_the_document_tells_receivers_what_they_get(lone_api: Api) -> None:
     body = document["webhooks"]["task"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     name = body["$ref"].rpartition("/")[2]
     assert document["components"]["schemas"][name]["properties"]["data"]["$ref"].endswith("/TaskView")
+
+
+def test_the_status_says_that_webhooks_are_late(hooks: Api) -> None:
+    """Nobody serves their queue, and the oldest is due for more than a minute."""
+    ended(hooks)
+    ledger = hooks.service.ledger
+    assert not any("late" in problem for problem in hooks.client.get("/status").get_json()["problems"])
+    long_ago = dt.datetime.now(dt.UTC) - dt.timedelta(minutes=2)
+    with ledger.engine.begin() as connection:
+        connection.execute(t.webhook_deliveries.update().values(next_at=long_ago))
+    (problem,) = [each for each in hooks.client.get("/status").get_json()["problems"] if "late" in each]
+    assert "no worker serves the queue webhooks" in problem
