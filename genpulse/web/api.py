@@ -58,6 +58,9 @@ MODELS: tuple[type[BaseModel], ...] = (
 POLL_S = 1
 """``Retry-After`` of a 202: when it is worth asking again."""
 
+WEBHOOKS_LATE_S = 60.0
+"""How long a webhook may be due before ``/status`` says so."""
+
 _UUID = re.compile(schemas.UUID_PATTERN)
 
 
@@ -647,6 +650,11 @@ def _fleet(problems: list[str]) -> dict[str, Any]:
             "workers": len(live),
             "slots": sum(worker.slots for worker in live),
         }
+    late = here.ledger.webhook_backlog()
+    if late.oldest_s > WEBHOOKS_LATE_S:
+        served = any(queues.WEBHOOKS in worker.queues for worker in workers)
+        why = "their receivers are slow" if served else "no worker serves the queue webhooks"
+        problems.append(f"Webhooks are late ({late.due} due): {why}.")
     servers: dict[str, dict[str, Any]] = {}
     for worker in workers:
         for server in worker.servers:
