@@ -169,6 +169,24 @@ class StorageProvider(ABC):
         """Remove the object. One that is not there is fine, so clean-up can be repeated."""
         self._delete(check_key(key))
 
+    def delete_below(self, folder: str) -> int:
+        """
+        Remove every object whose key begins with *folder*, which ends with a slash; returns how many.
+
+        May be repeated, also after it was cut short. What is stored there meanwhile may stay.
+
+        Raises:
+            InvalidKey: Not the beginning of a key; ``a/1`` without its slash would also mean ``a/10``.
+        """
+        if not folder.endswith("/"):
+            msg = "a folder ends with a slash"
+            raise InvalidKey(msg)
+        check_key(folder.removesuffix("/"))
+        found = list(self._keys(folder))
+        for key in found:
+            self._delete(key)
+        return len(found)
+
     def keys(self, prefix: str = "") -> Iterator[str]:
         """Every key that begins with the text *prefix*, in no promised order."""
         return self._keys(prefix)

@@ -176,23 +176,37 @@ class LocalStorage(StorageProvider):
                     break
 
     def _keys(self, prefix: str) -> Iterator[str]:
-        waiting = [""]
+        # From the folder that the prefix names: its neighbours may be a million other tasks.
+        waiting = [prefix[: prefix.rfind("/") + 1]]
+        if waiting[0]:
+            try:
+                check_key(waiting[0].removesuffix("/"))
+            except InvalidKey:  # no key begins like this
+                return
         while waiting:
             below = waiting.pop()
-            try:
-                entries = list(os.scandir(self.root / below))
-            except FileNotFoundError:
-                continue
-            except OSError as error:
-                raise _unavailable(error) from error
-            for entry in entries:
-                key = below + entry.name
-                if entry.is_dir(follow_symlinks=False):
+            for name, is_dir in self._entries(below):
+                key = below + name
+                if is_dir:
                     if key.casefold() != RESERVED and f"{key}/".startswith(prefix[: len(key) + 1]):
                         waiting.append(f"{key}/")
-                elif entry.is_file(follow_symlinks=False) and key.startswith(prefix):
+                elif key.startswith(prefix):
                     with contextlib.suppress(InvalidKey):  # a file that somebody else put there
                         yield check_key(key)
+
+    def _entries(self, below: str) -> list[tuple[str, bool]]:
+        """Names of the files (false) and directories (true) in a folder, links and the like left out."""
+        try:
+            with self._folder(*below.split("/")[:-1], create=False) as folder, os.scandir(folder) as entries:
+                return [
+                    (entry.name, entry.is_dir(follow_symlinks=False))
+                    for entry in entries
+                    if entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)
+                ]
+        except OSError as error:
+            if _absent(error):
+                return []
+            raise _unavailable(error) from error
 
     # Paths, as descriptors.
 

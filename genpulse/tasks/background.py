@@ -1,5 +1,5 @@
 """
-The threads behind the API and behind a worker's main process: the relay and the sweeper.
+The threads behind the API and behind a worker's main process: relay, sweeper, and the API's collector.
 
 They start after the fork (gunicorn's ``post_worker_init``, Celery's ``worker_ready``), never at
 import. A worker's main process forks again whenever a child ends, so its ledger and Redis work
@@ -20,6 +20,7 @@ from genpulse.errors import GenPulseError, LedgerUnavailable
 from genpulse.ledger import fork_lock
 from genpulse.live import Ear, redis_client
 from genpulse.tasks import wiring
+from genpulse.tasks.collector import Collector
 from genpulse.tasks.producer import Producer, RunwayView
 from genpulse.tasks.relay import Relay
 from genpulse.tasks.sweeper import Sweeper
@@ -32,11 +33,12 @@ log = structlog.get_logger("genpulse.background")
 POLL_S = 0.5
 """How often the relay looks when nobody wakes it."""
 SWEEP_S = 1.0
+COLLECT_S = 1.0
 
 
 class Background:
     """
-    Relay and sweeper in threads of this process, each with a ledger of its own.
+    Relay and sweeper in threads of this process; the collector too, unless the process forks.
 
     Args:
         forks: This process forks later on: hold the fork lock while at work.
@@ -44,7 +46,7 @@ class Background:
 
     def __init__(self, settings: Settings, *, forks: bool = False) -> None:
         self.settings = settings
-        self.ledger = wiring.open_ledger(settings, pool_size=0 if forks else 2)
+        self.ledger = wiring.open_ledger(settings, pool_size=0 if forks else 3)
         self.stopping = threading.Event()
         self._forks = forks
         self._awake = threading.Event()
@@ -62,6 +64,10 @@ class Background:
             threading.Thread(target=self._relay_loop, name="genpulse-relay", daemon=True),
             threading.Thread(target=self._sweep_loop, name="genpulse-sweeper", daemon=True),
         ]
+        if not forks:
+            storage = wiring.open_storage(settings)
+            collector = Collector(settings, self.ledger, storage, is_stopping=self.stopping.is_set)
+            self.run_every(COLLECT_S, collector.collect, "collector")
 
     def start(self) -> None:
         """Start the threads."""
@@ -94,7 +100,7 @@ class Background:
         self._producer.close()
         self.ledger.close()
 
-    def run_every(self, seconds: float, work: Callable[[], None], name: str) -> None:
+    def run_every(self, seconds: float, work: Callable[[], object], name: str) -> None:
         """Add a thread that does *work* every so often until :meth:`stop`; its failures are logged."""
 
         def loop() -> None:
