@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import json
 import os
+import re
 import secrets
 import sys
 from collections.abc import Iterator, Mapping

@@ -83,12 +83,13 @@ class Settings(BaseSettings):
 
     # API
     host: str = Field(
-        "127.0.0.1", description="Address the API listens on. Anything but loopback needs an API key."
+        "127.0.0.1",
+        description="Address the API listens on. Anything but loopback needs an API key, here or in the ledger.",
     )
     port: int = Field(8000, ge=0, le=65535, description="Port of the API.")
     api_key: SecretStr = Field(
         SecretStr(""),
-        description="The one key that callers send as `Authorization: Bearer …`. Empty: no key, loopback only.",
+        description="A key for a small deployment, beside those of `genpulse keys`; callers send it as `Authorization: Bearer …`. Without any key the API listens on loopback only.",
     )
     api_workers: int = Field(2, ge=1, le=64, description="API processes.")
     api_threads: int = Field(
@@ -395,12 +396,6 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if not self.api_key.get_secret_value() and not is_loopback(self.host):
-            msg = (
-                f"{PREFIX}HOST: without {PREFIX}API_KEY the API listens on loopback only "
-                "(127.0.0.1, ::1 or localhost)"
-            )
-            raise ValueError(msg)
         if not self.flower_basic_auth.get_secret_value() and not is_loopback(self.flower_host):
             msg = f"{PREFIX}FLOWER_HOST: without {PREFIX}FLOWER_BASIC_AUTH Flower listens on loopback only"
             raise ValueError(msg)

@@ -11,6 +11,7 @@ Every error GenPulse raises on purpose::
     │   ├── InputUnavailable        an input could not be fetched just now
     │   └── StorageUnavailable      the object store did not take or give the bytes
     ├── LedgerUnavailable         the database did not answer
+    ├── QueueFull                 nothing more is taken in just now
     ├── StopAttempt               this attempt must end now, whatever it was doing
     │   ├── LeaseLost               it was taken over: stop, write nothing, touch no server
     │   ├── TaskCanceled            the caller canceled the task
@@ -54,6 +55,7 @@ __all__ = [
     "OutOfMemory",
     "Permanent",
     "PromptLost",
+    "QueueFull",
     "Retryable",
     "ServerStalled",
     "StopAttempt",
@@ -139,6 +141,14 @@ class LedgerUnavailable(GenPulseError):
     """The database did not answer. Says nothing about whether a write happened."""
 
     code = "internal"
+
+
+class QueueFull(GenPulseError):
+    """Too much waits, or the disk has no room for more: nothing was recorded."""
+
+    def __init__(self, message: str, *, retry_after_s: int) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class StopAttempt(GenPulseError):

@@ -155,6 +155,22 @@ class Live:
         """Tell whoever listens that there is something to do."""
         self._try(lambda: self._redis.publish(CHANNEL, word), None)
 
+    def count(self, name: str, *, ttl_s: int) -> None:
+        """Add one to a counter that all processes share; it ends *ttl_s* after its first count."""
+
+        def add() -> None:
+            pipe = self._redis.pipeline(transaction=True)
+            pipe.set(_counter_key(name), 0, ex=ttl_s, nx=True)
+            pipe.incr(_counter_key(name))
+            pipe.execute()
+
+        self._try(add, None)
+
+    def counted(self, name: str) -> int | None:
+        """A shared counter's value; ``None`` where Redis does not say."""
+        value = self._try(lambda: self._redis.get(_counter_key(name)), None)
+        return int(value) if isinstance(value, str) and value.isdigit() else None
+
     def is_up(self) -> bool:
         """Whether Redis answered just now."""
         return bool(self._try(self._redis.ping, False))
@@ -465,3 +481,7 @@ def _preview_key(task_id: str) -> str:
 
 def _watched_key(task_id: str) -> str:
     return f"genpulse:watched:{task_id}"
+
+
+def _counter_key(name: str) -> str:
+    return f"genpulse:count:{name}"

@@ -245,7 +245,7 @@ class Requests(Keys):
             with contextlib.suppress(KeyTaken):
                 return self._write(record), False
             # None: the task that had the key was deleted in this very moment, and the key with it.
-            if (earlier := self._replay(new.owner, str(idempotency_key), body_hash)) is not None:
+            if (earlier := self.find_replay(new.owner, str(idempotency_key), body_hash)) is not None:
                 return earlier, True
 
     def _insert_task(self, connection: sa.Connection, task_id: str, new: NewTask) -> sa.RowMapping:
@@ -315,7 +315,14 @@ class Requests(Keys):
         if taken is None:
             raise KeyTaken
 
-    def _replay(self, owner: str, key: str, body_hash: str) -> Task | None:
+    def find_replay(self, owner: str, key: str, body_hash: str) -> Task | None:
+        """
+        The task that an owner's idempotency key brought, if it is still kept.
+
+        Raises:
+            IdempotencyConflict: It was used with another body.
+        """
+
         def find(connection: sa.Connection) -> sa.RowMapping | None:
             query = (
                 sa.select(t.tasks, t.idempotency_keys.c.body_hash)

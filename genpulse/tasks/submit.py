@@ -17,19 +17,36 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from genpulse.config import Settings
-from genpulse.errors import InvalidRequest, UnsafeUrl
+from genpulse.errors import InvalidRequest, QueueFull, UnsafeUrl
 from genpulse.ledger import Ledger, SourceGone
 from genpulse.model import NewTask, Priority, Task, TaskStatus
 from genpulse.tasks.inputs import open_egress
 from genpulse.tasks.registry import Checked, Registry
 
-__all__ = ["Locate", "Refused", "Retries", "accept", "body_digest", "prepare", "retry", "retry_matching"]
+__all__ = [
+    "Locate",
+    "Refused",
+    "Retries",
+    "Room",
+    "accept",
+    "body_digest",
+    "prepare",
+    "retry",
+    "retry_matching",
+]
 
 Locate: TypeAlias = Callable[[int, str], str]
 """From the number of a request and a JSON pointer in it to the pointer that its sender understands."""
 
 _RETRY_BATCH = 100
 """Tasks recorded in one transaction of a retry in bulk."""
+
+Room = Callable[[int], None]
+"""Called with the number of tasks about to be recorded; raises :class:`QueueFull` if they are too many."""
+
+
+def _any_number(_: int) -> None:
+    """There is room for everything."""
 
 
 def accept(  # the parts, the words, and who says them
@@ -41,6 +58,7 @@ def accept(  # the parts, the words, and who says them
     owner: str,
     idempotency_key: str | None = None,
     body_hash: str | None = None,
+    room: Room = _any_number,
 ) -> tuple[Task, bool]:
     """
     Check a request and record it as a task.
@@ -50,6 +68,7 @@ def accept(  # the parts, the words, and who says them
             ``timeout_s``, ``expires_in_s``, ``max_attempts``, ``metadata``; types as in API.md.
         idempotency_key: The caller's own key; the same key and body give the same task.
         body_hash: Digest of the whole request; by default that of *body*.
+        room: Asked whether the owner may have one more task waiting.
 
     Returns:
         The task, and whether it is a replay of an earlier request.
@@ -57,10 +76,11 @@ def accept(  # the parts, the words, and who says them
     Raises:
         InvalidRequest: The words make no task; nothing was recorded.
         IdempotencyConflict: The key was used with another body.
+        QueueFull: There is no room; nothing was recorded.
         LedgerUnavailable: Nothing is known to be recorded.
     """
     (new,) = prepare(ledger, registry, settings, [body], owner=owner)
-    return _record(ledger, settings, new, idempotency_key, body_hash or body_digest(body))
+    return _record(ledger, settings, new, idempotency_key, body_hash or body_digest(body), room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +112,7 @@ def retry(
     task: Task,
     *,
     idempotency_key: str | None = None,
+    room: Room = _any_number,
 ) -> tuple[Task, bool]:
     """
     Record a final task once more, as a new one with ``retry_of``; the old one stays as it is.
@@ -105,12 +126,13 @@ def retry(
     Raises:
         InvalidRequest: ``not_final``; ``missing_asset``; or what else :func:`accept` says by now.
         IdempotencyConflict: The key was used for something else.
+        QueueFull: There is no room; nothing was recorded.
     """
     if not task.status.is_final:
         sentence = f"The task is {task.status}; only a final one can be sent again."
         raise InvalidRequest("not_final", sentence)
     new = _again(ledger, registry, settings, task)
-    return _record(ledger, settings, new, idempotency_key, body_digest({"retry_of": task.id}))
+    return _record(ledger, settings, new, idempotency_key, body_digest({"retry_of": task.id}), room)
 
 
 def retry_matching(  # each is one filter
@@ -128,6 +150,7 @@ def retry_matching(  # each is one filter
     again: bool = False,
     limit: int = 100,
     dry_run: bool = False,
+    room: Room = _any_number,
 ) -> Retries:
     """
     Send again what a filter finds, in bounded transactions, the oldest first.
@@ -138,6 +161,9 @@ def retry_matching(  # each is one filter
     Args:
         after_id: The last of ``matched`` of the call before.
         dry_run: Record nothing; ``matched`` and ``refused`` say what would happen.
+
+    Raises:
+        QueueFull: There is no room. Earlier transactions stand, and a repeated call passes over them.
     """
     if task_type is not None and task_type in registry:
         task_type = registry.get(task_type).task_type
@@ -163,6 +189,7 @@ def retry_matching(  # each is one filter
             except InvalidRequest as error:
                 refused.append(Refused(task.id, error.problem, error.detail))
         if not dry_run:
+            room(len(batch))
             made += ledger.retry_all(batch, again=again)
     return Retries(tuple(task.id for task in found), tuple(made), tuple(refused), more)
 
@@ -183,8 +210,21 @@ def _again(ledger: Ledger, registry: Registry, settings: Settings, task: Task) -
 
 
 def _record(
-    ledger: Ledger, settings: Settings, new: NewTask, idempotency_key: str | None, body_hash: str
+    ledger: Ledger,
+    settings: Settings,
+    new: NewTask,
+    idempotency_key: str | None,
+    body_hash: str,
+    room: Room,
 ) -> tuple[Task, bool]:
+    try:
+        room(1)
+    except QueueFull:
+        # Whoever repeats a request that was taken must learn so, and not that it was not.
+        earlier = ledger.find_replay(new.owner, idempotency_key, body_hash) if idempotency_key else None
+        if earlier is None:
+            raise
+        return earlier, True
     try:
         return ledger.submit(
             new,

@@ -13,9 +13,10 @@ from sqlalchemy import Engine
 
 from genpulse.config import Settings
 from genpulse.ledger import metadata
+from genpulse.tasks.admission import Admission
 from genpulse.tasks.registry import Registry, default_registry
 from genpulse.tasks.wiring import open_ledger, open_live, open_storage
-from genpulse.web import access, problems
+from genpulse.web import access, limits, problems
 from genpulse.web.service import Service
 from genpulse.web.watch import Watchers
 
@@ -75,6 +76,7 @@ def create_app(settings: Settings | None = None, *, registry: Registry | None = 
         storage=open_storage(settings),
         live=open_live(settings),
         registry=registry,
+        admission=Admission(settings, ledger),
     )
     service.watchers = Watchers(
         ledger,
@@ -83,5 +85,6 @@ def create_app(settings: Settings | None = None, *, registry: Registry | None = 
         is_stopping=lambda: service.is_stopping(),
     )
     problems.install(app)
-    access.install(app, settings, ROUTES.open_views())
+    access.install(app, settings, ROUTES)
+    limits.install(app, settings)
     return app

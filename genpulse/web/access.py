@@ -1,8 +1,11 @@
 """
 Who may call, decided before a body is read or a view runs.
 
-With ``GENPULSE_API_KEY`` every route but the open ones asks for ``Authorization: Bearer <key>``.
-Without it the server listens on loopback only, which keeps other machines out but not the web
+With an API key in the settings or in the ledger, every route but the open ones asks for
+``Authorization: Bearer <key>``, and for the route's scope. The pages for people take the key as the
+password of HTTP Basic, too, because a browser can ask for that.
+
+Without any key the server listens on loopback only, which keeps other machines out but not the web
 pages in this machine's browsers: a page may post to ``http://127.0.0.1:8000`` from anywhere, or
 point its own name at 127.0.0.1 (DNS rebinding) and then read the answers. So a request must then
 also name a loopback host, and must not come from another origin.
@@ -10,61 +13,140 @@ also name a loopback host, and must not come from another origin.
 
 from __future__ import annotations
 
-import hmac
+import base64
+import binascii
 import re
 
 from flask import Flask, Response, g, request
+from werkzeug.middleware.proxy_fix import ProxyFix
 
 from genpulse.config import Settings, is_loopback
+from genpulse.errors import LedgerUnavailable
+from genpulse.web.callers import EVERYBODY, Caller, Callers, TooManyWrongKeys, WrongKey
+from genpulse.web.contract import Route, Routes
 from genpulse.web.problems import Problem, request_id
-from genpulse.web.service import OWNER
+from genpulse.web.service import Service, service
 
-__all__ = ["holds_key", "install", "owner"]
+__all__ = ["caller", "install", "may", "owner", "room", "route"]
 
 _HOST = re.compile(r"^(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]+))(?::\d+)?$")
 
 
-def install(app: Flask, settings: Settings, open_views: frozenset[str]) -> None:
-    """
-    Guard every request of *app*, and put the security headers on every answer.
-
-    Args:
-        open_views: Names of the view functions that answer without a key.
-    """
-    key = settings.api_key.get_secret_value().encode("utf-8")
+def install(app: Flask, settings: Settings, routes: Routes) -> None:
+    """Guard every request of *app*, and put the security headers on every answer."""
+    if settings.proxies:
+        app.wsgi_app = ProxyFix(app.wsgi_app, x_for=settings.proxies, x_proto=settings.proxies, x_host=0)  # type: ignore[method-assign]  # how werkzeug's middleware is put on
+    here: Service = app.extensions["genpulse"]
+    callers = Callers(settings, here.ledger, here.live)
+    by_view = {each.view.__name__: each for each in routes}
 
     def guard() -> None:
-        g.holds_key = not key or _matches(key)
-        if not key:
-            _refuse_strangers()
         # An address that does not exist, or not for this method, tells nothing: routing answers it.
-        view = (request.endpoint or "").rpartition(".")[2]
-        if request.endpoint and view not in open_views and not g.holds_key:
-            raise Problem(
-                401,
-                detail="Send the API key as Authorization: Bearer <key>.",
-                headers={"WWW-Authenticate": 'Bearer realm="genpulse"'},
-            )
+        g.route = by_view.get((request.endpoint or "").rpartition(".")[2])
+        is_open = g.route is None or g.route.is_open
+        try:
+            g.caller = _caller(callers, g.route)
+        except LedgerUnavailable:
+            if not callers.are_known_by_key:
+                _refuse_strangers()
+            if not is_open:
+                raise
+        except (TooManyWrongKeys, WrongKey) as error:
+            if not is_open:
+                raise _refusal(error, g.route) from error
+        if g.route is not None and not is_open and g.route.scope not in caller().scopes:
+            raise Problem(403, detail=f"This takes a key with the scope {g.route.scope}.")
+
+    def note(answer: Response) -> Response:
+        # After the answer is sent: a ledger that hangs holds nobody up.
+        if (found := g.get("caller")) is not None and (write := callers.use_to_note(found)) is not None:
+            answer.call_on_close(write)
+        return answer
 
     app.before_request(guard)
     app.after_request(_harden)
+    app.after_request(note)
+
+
+def caller() -> Caller:
+    """Who asks. On an open route only where :func:`may` says so."""
+    found: Caller = g.caller
+    return found
 
 
 def owner() -> str:
     """Whose tasks and files this request may see."""
-    return OWNER
+    return caller().owner
 
 
-def holds_key() -> bool:
-    """Whether the caller showed the key, or none is needed here."""
-    return bool(g.get("holds_key", False))
+def room(tasks: int) -> None:
+    """
+    Make sure that the caller may have so many more tasks waiting.
+
+    Raises:
+        QueueFull: Not now.
+    """
+    key = caller().key
+    cap = None if key is None else key.max_queued
+    service().admission.check(owner(), tasks=tasks, max_queued=cap)
 
 
-def _matches(key: bytes) -> bool:
-    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+def may(scope: str) -> bool:
+    """Whether the caller showed a key with *scope*, or none is needed here."""
+    found: Caller | None = g.get("caller")
+    return found is not None and scope in found.scopes
+
+
+def route() -> Route | None:
+    """The route that was asked for; ``None`` for an address that does not exist."""
+    found: Route | None = g.get("route")
+    return found
+
+
+def _caller(callers: Callers, wanted: Route | None) -> Caller:
+    """
+    Who asks.
+
+    Raises:
+        WrongKey: Nobody we know.
+        TooManyWrongKeys: Nobody we listen to now.
+        LedgerUnavailable: It is not known.
+        Problem: 403, another web page where no key is needed.
+    """
+    if not callers.need_key():
+        _refuse_strangers()
+        return EVERYBODY
+    token = _token(for_people=wanted is not None and wanted.for_people)
+    if not token:
+        raise WrongKey("Send the API key as Authorization: Bearer <key>.")
+    return callers.identify(token, request.remote_addr or "")
+
+
+def _token(*, for_people: bool) -> bytes:
+    scheme, _, text = request.headers.get("Authorization", "").partition(" ")
     # WSGI hands headers over as latin-1; encoding them back gives the bytes that were sent.
-    sent = token.strip().encode("latin-1", "replace")
-    return hmac.compare_digest(sent, key) and scheme.lower() == "bearer"
+    sent = text.strip().encode("latin-1", "replace")
+    if scheme.lower() == "bearer":
+        return sent
+    # Basic is sent along by the browser to whoever asks for a page of ours: good enough to look.
+    if scheme.lower() == "basic" and for_people:
+        try:
+            return base64.b64decode(sent, validate=True).partition(b":")[2]
+        except (binascii.Error, ValueError):
+            return b""
+    return b""
+
+
+def _refusal(error: TooManyWrongKeys | WrongKey, wanted: Route | None) -> Problem:
+    if isinstance(error, TooManyWrongKeys):
+        return Problem(
+            429,
+            detail="This address showed too many wrong API keys.",
+            headers={"Retry-After": str(error.retry_after_s)},
+            retryable=True,
+        )
+    kind = "Basic" if wanted is not None and wanted.for_people else "Bearer"
+    return Problem(401, detail=str(error), headers={"WWW-Authenticate": f'{kind} realm="genpulse"'})
 
 
 def _refuse_strangers() -> None:

@@ -106,6 +106,7 @@ def submit_task(header: schemas.WaitingHeaders, body: schemas.SubmitBody) -> Res
             body.model_dump(exclude_unset=True),
             owner=access.owner(),
             idempotency_key=header.idempotency_key,
+            room=access.room,
         )
     except IdempotencyConflict:
         raise _key_reused() from None
@@ -211,6 +212,7 @@ def read_task(path: schemas.TaskPath, query: schemas.ReadQuery) -> Response:
         202: answer(schemas.TaskView, "The task is being stopped.", Retry_After="Seconds."),
     },
     refusals=(404,),
+    is_limited=False,
 )
 def cancel_task(path: schemas.TaskPath) -> Response:
     """Cancel a task; safe to repeat."""
@@ -249,7 +251,12 @@ def retry_task(path: schemas.TaskPath, header: schemas.SubmitHeaders) -> Respons
     former = _task(path.task_id)
     try:
         task, replayed = retry(
-            here.ledger, here.registry, here.settings, former, idempotency_key=header.idempotency_key
+            here.ledger,
+            here.registry,
+            here.settings,
+            former,
+            idempotency_key=header.idempotency_key,
+            room=access.room,
         )
     except IdempotencyConflict:
         raise _key_reused() from None
@@ -289,6 +296,7 @@ def retry_tasks(body: schemas.RetryBody) -> Response:
         again=body.again,
         limit=body.limit,
         dry_run=body.dry_run,
+        room=access.room,
     )
     if found.made:
         here.wake()
@@ -375,6 +383,7 @@ def upload_asset() -> Response:
     """Store a file for use in tasks, as `asset:<id>`."""
     here = service()
     owner = access.owner()
+    here.admission.check_disk()
     with read_upload(here.settings.max_upload_bytes) as upload:
         asset = here.ledger.reuse_asset(
             owner=owner, name=upload.name, content_type=upload.content_type, sha256=upload.sha256
@@ -487,7 +496,7 @@ def health() -> Response:
 )
 def ready() -> Response:
     """Tell whether this process can accept; 202 goes on without broker and workers."""
-    view = _status(full=access.holds_key())
+    view = _status(full=access.may("admin"))
     return _json(view) if view.accepting else _json(view, 503, {"Retry-After": "2"})
 
 
@@ -499,11 +508,11 @@ def ready() -> Response:
     is_open=True,
 )
 def status() -> Response:
-    """Tell what works; queues, workers and servers are for key holders only."""
-    return _json(_status(full=access.holds_key()))
+    """Tell what works; queues, workers and servers are for keys with the scope `admin` only."""
+    return _json(_status(full=access.may("admin")))
 
 
-@ROUTES.add("GET", "/openapi.json", is_open=True, documented=False)
+@ROUTES.add("GET", "/openapi.json", documented=False, for_people=True)
 def openapi() -> Response:
     """Answer the contract."""
     document = cast("Contract", current_app).api_doc
@@ -566,6 +575,10 @@ def _wait_reason(task: Task, position: int | None) -> tuple[str, str] | None:
         return None
     if task.bound_server:
         return ("bound", "An earlier attempt's prompt is still on a server; the task goes on there.")
+    running, cap = service().ledger.running_of(task.owner, service().settings.max_running)
+    if cap and running >= cap:
+        tasks = "1 task runs" if running == 1 else f"{running} tasks run"
+        return "owner_limit", f"{tasks} already, as many as this owner may have at once."
     serving = [worker for worker in service().ledger.workers() if task.queue in worker.queues]
     if not serving:
         return "no_worker", f"No worker serves the queue {task.queue} just now."

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_type_hints
 
@@ -51,6 +51,12 @@ class Route:
     view: Callable[..., Any]
     is_open: bool
     documented: bool
+    scope: str
+    """What the caller's key must allow; see :data:`genpulse.model.SCOPES`."""
+    is_limited: bool
+    """Whether a call counts as a submission for the rate limit."""
+    for_people: bool
+    """A page: the key may come as the password of HTTP Basic."""
     docs: dict[str, Any] = field(default_factory=dict)
 
 
@@ -60,7 +66,7 @@ class Routes:
     def __init__(self) -> None:
         self._routes: list[Route] = []
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Route]:
         return iter(self._routes)
 
     def add(
@@ -74,6 +80,9 @@ class Routes:
         is_open: bool = False,
         documented: bool = True,
         request_body: dict[str, Any] | None = None,
+        scope: str | None = None,
+        is_limited: bool | None = None,
+        for_people: bool = False,
     ) -> Callable[[V], V]:
         """
         Decorate a view: its parameters ``path``, ``query``, ``header`` and ``body`` are checked first.
@@ -85,8 +94,13 @@ class Routes:
             is_open: Whether it answers without an API key.
             documented: Whether the OpenAPI document has it.
             request_body: The body's place in the document where the view reads it by itself.
+            scope: What the caller's key must allow; by default ``read`` to look and ``submit`` to change.
+            is_limited: Whether a call counts as a submission; by default each POST that changes does.
+            for_people: A page: a browser may send the key as the password of HTTP Basic.
         """
-        usual = {403, 500} | (set() if is_open else {401, 503})
+        usual = {403, 500} | (set() if is_open else {401, 429, 503})
+        scope = scope or ("read" if method in {"GET", "HEAD"} else "submit")
+        limited = method == "POST" and scope == "submit" if is_limited is None else is_limited
 
         def decorate(view: V) -> V:
             docs: dict[str, Any] = {
@@ -102,7 +116,19 @@ class Routes:
             }
             if request_body:
                 docs["request_body"] = request_body
-            self._routes.append(Route(method.lower(), rule, _checked(view), is_open, documented, docs))
+            self._routes.append(
+                Route(
+                    method.lower(),
+                    rule,
+                    _checked(view),
+                    is_open,
+                    documented,
+                    scope,
+                    limited and not is_open,
+                    for_people,
+                    docs,
+                )
+            )
             return view
 
         return decorate
@@ -115,10 +141,6 @@ class Routes:
             register = getattr(found, route.method)
             register(route.rule, doc_ui=route.documented, endpoint=route.view.__name__, **docs)(route.view)
         return found
-
-    def open_views(self) -> frozenset[str]:
-        """Names of the views that answer without a key."""
-        return frozenset(route.view.__name__ for route in self._routes if route.is_open)
 
 
 class Contract(OpenAPI):

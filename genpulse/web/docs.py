@@ -35,7 +35,7 @@ class AssetPath(BaseModel):
     name: str = Field(max_length=100)
 
 
-@ROUTES.add("GET", "/docs", is_open=True, documented=False)
+@ROUTES.add("GET", "/docs", documented=False, for_people=True)
 def docs() -> Response:
     """Show the contract."""
     return Response(
@@ -43,7 +43,7 @@ def docs() -> Response:
     )
 
 
-@ROUTES.add("GET", "/docs/assets/<name>", is_open=True, documented=False)
+@ROUTES.add("GET", "/docs/assets/<name>", documented=False, for_people=True)
 def docs_asset(path: AssetPath) -> Response:
     """Answer a script or style of the page."""
     if path.name not in _ASSETS:

@@ -14,6 +14,7 @@ from typing import Any
 from genpulse.config import Settings
 from genpulse.tasks import background
 from genpulse.telemetry import setup_logging
+from genpulse.web.callers import reason_not_to_listen
 
 _settings = Settings.from_env()
 
@@ -47,8 +48,10 @@ forwarded_allow_ips = "127.0.0.1,::1"
 
 
 def on_starting(_server: Any) -> None:
-    """In the main process, before the first fork: the workers inherit it."""
+    """In the main process, before the first fork: the workers inherit the logging, or never start."""
     setup_logging(_settings.log_level, _settings.log_format)
+    if reason := reason_not_to_listen(_settings):
+        raise SystemExit(reason)
 
 
 def post_worker_init(worker: Any) -> None:

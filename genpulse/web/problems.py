@@ -20,7 +20,7 @@ from flask import Flask, Response, g, request
 from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
 
-from genpulse.errors import InvalidRequest, LedgerUnavailable, StorageUnavailable
+from genpulse.errors import InvalidRequest, LedgerUnavailable, QueueFull, StorageUnavailable
 
 __all__ = ["CONTENT_TYPE", "MAX_ERRORS", "Problem", "install", "pointer", "title", "validation_problem"]
 
@@ -145,6 +145,7 @@ def install(app: Flask) -> None:
     """Make every error of *app* a problem document."""
     app.register_error_handler(Problem, Problem.response)
     app.register_error_handler(InvalidRequest, _invalid)
+    app.register_error_handler(QueueFull, _queue_full)
     app.register_error_handler(LedgerUnavailable, _ledger_away)
     app.register_error_handler(StorageUnavailable, _storage_away)
     app.register_error_handler(HTTPException, _http)
@@ -154,6 +155,11 @@ def install(app: Flask) -> None:
 def _invalid(error: InvalidRequest) -> Response:
     status = {"not_final": 409, "too_large": 413}.get(error.problem, 422)
     return Problem(status, error.problem, error.detail, errors=error.errors).response()
+
+
+def _queue_full(error: QueueFull) -> Response:
+    headers = {"Retry-After": str(error.retry_after_s)}
+    return Problem(429, "queue_full", str(error), retryable=True, headers=headers).response()
 
 
 def _ledger_away(error: LedgerUnavailable) -> Response:

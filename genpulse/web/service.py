@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from genpulse.ledger import Ledger
     from genpulse.live import Live
     from genpulse.storage import StorageProvider
+    from genpulse.tasks.admission import Admission
     from genpulse.tasks.registry import Registry
 
 __all__ = ["OWNER", "Service", "service"]
@@ -34,6 +35,7 @@ class Service:
     storage: StorageProvider
     live: Live
     registry: Registry
+    admission: Admission
     wake: Callable[[], None] = field(default=_nobody)
     announce_cancel: Callable[[], None] = field(default=_nobody)
     """Tells the workers, through Redis and never in the request, that a cancel was committed."""

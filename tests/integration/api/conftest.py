@@ -16,6 +16,7 @@ from flask import Flask
 from flask.testing import FlaskClient
 
 from genpulse.config import Settings
+from genpulse.ledger import KeyText, mint
 from genpulse.ledger.tables import metadata
 from genpulse.model import Claim, ErrorInfo, NewOutput, OutputKind, TaskStatus
 from genpulse.tasks.registry import BaseHandler, Registry
@@ -42,9 +43,46 @@ class Echo(BaseHandler):
     params_model: ClassVar[type[pydantic.BaseModel]] = EchoParams
     summary: ClassVar[str] = "Give back what was given."
 
+    def referenced_assets(self, params: Any) -> tuple[str, ...]:
+        """A text ``asset:<id>``."""
+        scheme, _, rest = params["text"].partition(":")
+        return (rest,) if scheme == "asset" else ()
+
+    def referenced_outputs(self, params: Any) -> tuple[tuple[str, int], ...]:
+        """A text ``output:<task id>/<index>``."""
+        scheme, _, rest = params["text"].partition(":")
+        task_id, _, index = rest.partition("/")
+        return ((task_id, int(index)),) if scheme == "output" else ()
+
     def execute(self, task: Any, context: Any) -> tuple[NewOutput, ...]:
         """Not run by these tests."""
         raise NotImplementedError
+
+
+@dataclass
+class Caller:
+    """Calls with one API key."""
+
+    api: Api
+    owner: str
+    key: KeyText
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What shows the key."""
+        return {"Authorization": f"Bearer {self.key.text}"}
+
+    def __call__(self, method: str, path: str, **more: Any) -> Any:
+        """Send a request."""
+        headers = self.headers | dict(more.pop("headers", {}))
+        return self.api.client.open(path, method=method, headers=headers, **more)
+
+    def submit(self, **more: Any) -> str:
+        """Submit a task; returns its id."""
+        body = {"task_type": "echo", "params": {"text": "hi"}, **more}
+        answer = self("POST", "/task", json=body)
+        assert answer.status_code == 202, answer.text
+        return str(answer.json["task_id"])
 
 
 @dataclass
@@ -65,6 +103,12 @@ class Api:
         answer = self.client.post("/task", json={"task_type": "echo", "params": {"text": "hi"}, **more})
         assert answer.status_code == 202, answer.text
         return dict(answer.get_json())
+
+    def key(self, owner: str = "ada", scopes: tuple[str, ...] = ("submit", "read"), **more: Any) -> Caller:
+        """Make an API key; returns what calls with it."""
+        text = mint()
+        self.service.ledger.add_key(text, **{"name": owner, "owner": owner, "scopes": scopes, **more})
+        return Caller(self, owner, text)
 
     def claim(self, task_id: str) -> Claim:
         """Begin an attempt as a worker does."""

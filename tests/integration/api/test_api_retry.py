@@ -82,7 +82,12 @@ def somebody_elses(api: Any) -> str:
 
 def test_a_retry_is_a_new_task_with_the_same_request(api: Any) -> None:
     """The old task stays as it ended; the new one says what it is a retry of, and the relay is told."""
-    request: dict[str, Any] = {"priority": "high", "timeout_s": 7, "max_attempts": 5, "metadata": {"job": "4711"}}
+    request: dict[str, Any] = {
+        "priority": "high",
+        "timeout_s": 7,
+        "max_attempts": 5,
+        "metadata": {"job": "4711"},
+    }
     old = failed(api, params={"text": "hi", "value": [1, {"a": None}]}, **request)
     before = api.client.get(f"/task/{old}").json
     woken: list[int] = []
