@@ -144,17 +144,24 @@ def _run(message_id: str) -> dict[str, Any]:
     Raises:
         Ignore: There is nothing to do for this worker; whatever Redis says about the task stays.
     """
-    try:
-        task_id = str(uuid.UUID(message_id))
-    except (ValueError, AttributeError, TypeError):
+    task_id = _task_id(message_id)
+    if task_id is None:
         log.warning("message_dropped", extra={"reason": "its id is no task id"})
-        raise Ignore from None
+        raise Ignore
     from genpulse.tasks.runner import run_message
 
     summary = run_message(task_id)
     if summary is None:
         raise Ignore
     return dict(summary)
+
+
+def _task_id(text: Any) -> str | None:
+    """The canonical form of a task's id, or ``None`` for anything else."""
+    try:
+        return str(uuid.UUID(text))
+    except (ValueError, AttributeError, TypeError):
+        return None
 
 
 # -- The worker's start and stop -----------------------------------------------------------------
@@ -207,6 +214,7 @@ def _on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None
     # Before the first fork: the children see the same memory.
     drain.prepare_drain()
     board.prepare_board()
+    _take_over_revoke()
     asked = _asked_queues(conf, options)
     servers = [server.name for server in settings.servers]
     if not options.get("concurrency"):
@@ -292,8 +300,31 @@ def _on_worker_shutdown(**_: Any) -> None:
     background.stop()
 
 
+def _revoke(_state: Any, task_id: Any, **_: Any) -> dict[str, str]:
+    """
+    What Celery's remote control (Flower) calls revoke and terminate: here a cancel, and nothing else.
+
+    Celery's own would note the id in every worker and swallow whatever comes with it later, and signal
+    a child that the cancel ends anyway.
+    """
+    from genpulse.tasks import mirror
+
+    asked = [task_id] if isinstance(task_id, str) else list(task_id or ())
+    ids = [found for each in asked if (found := _task_id(each)) is not None]
+    for each in ids:
+        mirror.parent_notes().canceled(each)
+    return {"ok": f"{len(ids)} task(s) are being canceled"}
+
+
+def _take_over_revoke() -> None:
+    from celery.worker.control import control_command
+
+    register: Any = control_command(name="revoke", variadic="task_id", signature="[id1 [id2 [... [idN]]]]")
+    register(_revoke)
+
+
 def _on_task_revoked(request: Any = None, **_: Any) -> None:
-    """Somebody revoked or terminated a task (Flower): here that is a cancel."""
+    """A task was revoked by another way, a stamped header for example: that is a cancel as well."""
     from genpulse.tasks import mirror
 
     task_id = getattr(request, "id", None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import logging
+import time
 from collections.abc import Mapping
 from queue import Empty
 from typing import Any
@@ -19,9 +20,14 @@ from celery.app.amqp import AMQP
 from kombu import Connection
 from kombu.transport import redis
 
-__all__ = ["WorkerAMQP", "WorkerConnection"]
+from genpulse.tasks.consuming import Pulse
+
+__all__ = ["WorkerAMQP", "WorkerConnection", "pulse"]
 
 log = logging.getLogger("genpulse.broker")
+
+pulse = Pulse()
+"""Of this process's consumer, whichever connection it is on."""
 
 
 class WorkerChannel(redis.Channel):
@@ -30,10 +36,15 @@ class WorkerChannel(redis.Channel):
     def _brpop_read(self, **options: Any) -> Any:
         # 5.7.0: the item is out of the list already; the error would end the worker.
         try:
-            return super()._brpop_read(**options)  # type: ignore[misc]  # the stubs leave it out
+            delivered = super()._brpop_read(**options)  # type: ignore[misc]  # the stubs leave it out
+        except Empty:
+            pulse.answered_at = time.monotonic()
+            raise
         except ValueError as error:
             log.warning("message_dropped", extra={"reason": f"no JSON: {type(error).__name__}"})
             raise Empty from None
+        pulse.answered_at = pulse.delivered_at = time.monotonic()
+        return delivered
 
 
 class WorkerTransport(redis.Transport):

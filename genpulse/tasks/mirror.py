@@ -167,13 +167,17 @@ def write_to_ledger(task_id: str, worker: str | None) -> None:
     """
     from genpulse.config import Settings
     from genpulse.ledger import fork_lock
-    from genpulse.tasks.wiring import open_ledger
+    from genpulse.tasks.wiring import open_ledger, open_live
 
     with fork_lock:
-        ledger = open_ledger(Settings.from_env())
+        settings = Settings.from_env()
+        ledger = open_ledger(settings)
         try:
             if worker is None:
                 ledger.cancel(task_id)
+                live = open_live(settings)
+                live.wake("cancel")
+                live.close()
             else:
                 ledger.end_lease_of(worker, task_id)
         finally:

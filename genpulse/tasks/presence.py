@@ -21,16 +21,21 @@ from genpulse.comfy.pool import Server, ServerPool
 from genpulse.config import Settings
 from genpulse.errors import ComfyUnavailable, LedgerUnavailable
 from genpulse.ledger import ProcessSession, Stray
+from genpulse.live import redis_client
 from genpulse.tasks import background, queues
 from genpulse.tasks.background import Background, logged
 from genpulse.tasks.board import board
+from genpulse.tasks.broker import pulse
+from genpulse.tasks.consuming import ConsumerWatch, Sight, reconnect_consumer, restart_worker, sees_free
 from genpulse.tasks.drain import is_draining
+from genpulse.tasks.producer import BrokerUnavailable, RunwayView
 
 __all__ = ["WorkerBackground", "open_pool", "start_in_worker"]
 
 log = structlog.get_logger("genpulse.presence")
 
 JANITOR_S = 0.5
+WATCH_S = 1.0
 UNOBEYED_S = 30.0
 """A prompt that goes on for so long although it was told to stop: its server may be dead behind its HTTP."""
 
@@ -61,7 +66,14 @@ class WorkerBackground(Background):
         self._session = ProcessSession(self.ledger, settings.direct_url_if_any)
         self._paused: set[str] = set()
         self._disobeys_since: dict[str, float] = {}
+        self._queues_seen = RunwayView(redis_client(settings.redis_url.get_secret_value(), timeout_s=1.0))
+        self._watch = ConsumerWatch(
+            pulse,
+            reconnect=lambda: reconnect_consumer(consumer),
+            restart=lambda: restart_worker(settings.drain_s, self._children),
+        )
         self.run_every(min(settings.beat_s, 2.0), self._present, "presence")
+        self.run_every(WATCH_S, self._watch_consumer, "watch")
         if settings.servers:
             self.run_every(JANITOR_S, self._clean, "janitor")
 
@@ -133,6 +145,29 @@ class WorkerBackground(Background):
             for name in names:
                 self._consumer.call_soon(self._consumer.cancel_task_queue, name)
         return bool(known - self._paused)
+
+    def _watch_consumer(self) -> None:
+        """Look whether Celery's consumer does what it is there for."""
+        names = [str(name) for name in self._consumer.app.amqp.queues.consume_from]
+        page = board()
+        alive = self._children()
+        known = page.children() if page is not None else {}
+        children = {pid: busy for pid, busy in known.items() if pid in alive}
+        if not sees_free(children, bool(names)):
+            self._watch.look(Sight(free=False, broker=False))
+            return
+        try:
+            with self.quiet():
+                waiting = sum(self._queues_seen.counts(names).values())
+        except BrokerUnavailable:
+            self._watch.look(Sight(free=True, broker=False))
+            return
+        self._watch.look(Sight(free=True, broker=True, waiting=waiting))
+
+    def _children(self) -> set[int]:
+        """The processes of Celery's pool."""
+        pool = getattr(self._consumer.pool, "_pool", None)
+        return {int(child.pid) for child in getattr(pool, "_pool", ()) if child.pid}
 
     def _clean(self) -> None:
         """Stop prompts on our servers that nobody waits for any more."""

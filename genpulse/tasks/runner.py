@@ -60,6 +60,7 @@ from genpulse.model import (
 )
 from genpulse.storage import StorageProvider
 from genpulse.tasks import queues, wiring
+from genpulse.tasks.board import board
 from genpulse.tasks.drain import is_draining
 from genpulse.tasks.heartbeat import Heartbeat, Signals
 from genpulse.tasks.inputs import is_url, open_url
@@ -428,6 +429,7 @@ class Runner:
         task = context.task
         context.log.info("task_started", task_type=task.task_type, worker=self.worker)
         try:
+            context.check()
             handler = self.registry.get(task.task_type)
             if not queues.describe(handler.queue).on_servers:
                 context.mark_running()
@@ -687,6 +689,8 @@ def start_child(node: str) -> None:
         heartbeat=heartbeat,
         worker=f"{node}:{os.getpid()}",
     )
+    if (page := board()) is not None:
+        page.enter()
 
 
 def stop_child() -> None:
@@ -697,22 +701,29 @@ def stop_child() -> None:
 
 def run_message(task_id: str) -> dict[str, Any] | None:
     """Run one attempt of a task in this child; ``None`` if there is nothing to do for it."""
+    global _at_work  # noqa: PLW0603  # one per child process
     if _runner is None:  # an in-process worker, as tests start: it has no child set-up of its own
         start_child(f"inline@{socket.gethostname()}")
     assert _runner is not None
-    if is_draining():
-        return None
-    # Here and not in start_child: the pool sets handlers of its own after that, and theirs raise
-    # SystemExit at any line.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _on_sigterm)
+    page = board()
+    if page is not None:
+        page.set_busy(True)
+    _at_work = True
     try:
-        return _runner.run(task_id)
+        # Here and not in start_child: the pool sets handlers of its own after that, and theirs raise
+        # SystemExit at any line.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, _on_sigterm)
+        return None if is_draining() or _told_to_end else _runner.run(task_id)
     finally:
+        _at_work = False
+        if page is not None:
+            page.set_busy(False)
         if _told_to_end:
             _end_soon()
 
 
+_at_work = False
 _told_to_end = False
 
 
@@ -720,10 +731,11 @@ def _on_sigterm(number: int, _frame: object) -> None:
     """
     A child hit by SIGTERM itself hands its attempt back as a draining worker does, and ends then.
 
-    An idle one dies as it would have.
+    One that has just claimed counts as at work already: to die before the heartbeat knows of the
+    attempt would be a loss. An idle one dies as it would have.
     """
     global _told_to_end  # noqa: PLW0603  # one per child process
-    if _runner is not None and _runner.heartbeat.is_busy:
+    if _runner is not None and _at_work:
         _told_to_end = True
         _runner.heartbeat.drain()
     else:

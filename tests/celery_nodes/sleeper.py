@@ -28,6 +28,8 @@ class SleepParams(pydantic.BaseModel):
     seconds: float = 0
     die: Literal["never", "first", "always"] = "never"
     """Kill the own process with -9 in the first attempt, or in each."""
+    once: bool = False
+    """Sleep in the first attempt only."""
     deaf: bool = False
     """Do not look whether the attempt should stop."""
 
@@ -52,7 +54,7 @@ class Sleeper(BaseHandler):
         note("start")
         if params.die == "always" or (params.die == "first" and attempt == 1):
             os.kill(os.getpid(), signal.SIGKILL)
-        ends = time.monotonic() + params.seconds
+        ends = time.monotonic() + (0 if params.once and attempt > 1 else params.seconds)
         while time.monotonic() < ends:
             if not params.deaf:
                 context.check()

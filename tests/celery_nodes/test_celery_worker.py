@@ -115,21 +115,23 @@ def test_sigterm_hands_back_and_ends(
 def test_a_terminated_task_is_canceled(
     celery_setup: CeleryTestSetup, story: Story, celery_app: Celery
 ) -> None:
-    """What Flower's *Terminate* does: the child is told to stop, and the ledger says canceled."""
+    """What Flower's *Terminate* does: the ledger says canceled, and the child goes on with the next task."""
     task_id = story.submit(seconds=30)
     story.started(task_id)
 
+    before = children(celery_setup.worker.container.service)
     celery_app.control.revoke(task_id, terminate=True)
 
     assert story.ended(task_id).status is TaskStatus.CANCELED
     assert story.ended(story.submit()).status is TaskStatus.COMPLETED
+    assert children(celery_setup.worker.container.service) == before  # the cancel ends it, no signal
 
 
 def test_a_revoked_task_is_canceled(celery_setup: CeleryTestSetup, story: Story, celery_app: Celery) -> None:
     """
-    What Flower's *Revoke* does to a task that waits: the worker swallows its message and cancels it.
+    What Flower's *Revoke* does to a task that waits: it is canceled in the ledger.
 
-    Swallowed alone, it would be sent again for ever.
+    Its message alone taken away, it would be sent again for ever.
     """
     busy = [story.submit(seconds=3) for _ in range(2)]
     for task_id in busy:
@@ -140,6 +142,20 @@ def test_a_revoked_task_is_canceled(celery_setup: CeleryTestSetup, story: Story,
 
     assert story.ended(waiting).status is TaskStatus.CANCELED
     assert story.lines("start", waiting) == []
+
+
+def test_a_revoke_leaves_no_memory_in_any_worker(
+    celery_setup: CeleryTestSetup, story: Story, celery_app: Celery
+) -> None:
+    """Celery's own would swallow every later message with that id, for hours; unknown ids do no harm."""
+    task_id, unknown = story.submit(seconds=30), str(uuid.uuid4())
+    story.started(task_id)
+
+    celery_app.control.revoke([task_id, unknown, "nonsense"], terminate=True, signal="SIGKILL")
+
+    assert story.ended(task_id).status is TaskStatus.CANCELED
+    (revoked,) = (wait_until(celery_app.control.inspect(timeout=1).revoked, 20) or {}).values()
+    assert revoked == []
 
 
 def test_messages_that_are_no_tasks_end_no_worker(

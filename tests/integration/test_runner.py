@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,3 +65,46 @@ def test_a_child_without_a_server_does_not_empty_the_runway(
         assert found is not None
         assert found.status is TaskStatus.PENDING
         assert [each.outcome for each in found.attempts] == [AttemptOutcome.HANDED_BACK]
+
+
+CLAIMS_AND_IS_TOLD_TO_STOP = """
+import os, signal, sys
+from genpulse.tasks import runner
+
+runner.start_child("node")
+claim = runner._runner.ledger.claim
+
+def told(*args, **values):
+    claimed = claim(*args, **values)
+    os.kill(os.getpid(), signal.SIGTERM)  # before the heartbeat has heard of the attempt
+    return claimed
+
+runner._runner.ledger.claim = told
+runner.run_message(sys.argv[1])
+signal.pause()
+"""
+
+
+def test_sigterm_right_after_the_claim_is_a_hand_back(
+    sqlite_ledger_url: str, valkey_url: str, tmp_path: Path
+) -> None:
+    """The milliseconds in which an attempt is claimed and nobody watches it are no loss either."""
+    with open_ledger(sqlite_ledger_url) as ledger:
+        task = submit(ledger, task_type="image-convert", queue="cpu")
+        child = subprocess.run(
+            [sys.executable, "-c", CLAIMS_AND_IS_TOLD_TO_STOP, task.id],
+            env={
+                **os.environ,
+                "GENPULSE_DATABASE_URL": sqlite_ledger_url,
+                "GENPULSE_REDIS_URL": valkey_url,
+                "GENPULSE_DATA_DIR": str(tmp_path),
+                "GENPULSE_DRAIN_S": "0",
+            },
+            timeout=50,
+            check=False,
+        )
+
+        found = ledger.get(task.id)
+        assert found is not None
+        assert [each.outcome for each in found.attempts] == [AttemptOutcome.HANDED_BACK]
+        assert child.returncode == -signal.SIGTERM
