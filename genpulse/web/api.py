@@ -212,7 +212,6 @@ def read_task(path: schemas.TaskPath, query: schemas.ReadQuery) -> Response:
         202: answer(schemas.TaskView, "The task is being stopped.", Retry_After="Seconds."),
     },
     refusals=(404,),
-    is_limited=False,
 )
 def cancel_task(path: schemas.TaskPath) -> Response:
     """Cancel a task; safe to repeat."""

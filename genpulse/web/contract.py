@@ -95,12 +95,14 @@ class Routes:
             documented: Whether the OpenAPI document has it.
             request_body: The body's place in the document where the view reads it by itself.
             scope: What the caller's key must allow; by default ``read`` to look and ``submit`` to change.
-            is_limited: Whether a call counts as a submission; by default each POST that changes does.
+            is_limited: Whether a call counts as a submission; by default each POST does that a
+                key needs ``submit`` for, but for a cancel.
             for_people: A page: a browser may send the key as the password of HTTP Basic.
         """
         usual = {403, 500} | (set() if is_open else {401, 429, 503})
         scope = scope or ("read" if method in {"GET", "HEAD"} else "submit")
-        limited = method == "POST" and scope == "submit" if is_limited is None else is_limited
+        if is_limited is None:
+            is_limited = method == "POST" and scope == "submit" and not rule.endswith("/cancel")
 
         def decorate(view: V) -> V:
             docs: dict[str, Any] = {
@@ -124,7 +126,7 @@ class Routes:
                     is_open,
                     documented,
                     scope,
-                    limited and not is_open,
+                    is_limited and not is_open,
                     for_people,
                     docs,
                 )
