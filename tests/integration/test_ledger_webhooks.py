@@ -224,6 +224,7 @@ def test_a_delivery_is_sent_again_when_asked(ledger: Ledger) -> None:
     ledger.record_delivery(first, DeliveryStatus.GONE, duration_s=0.1, status_code=410)
 
     assert ledger.redeliver(first.id, "eve") is None
+    assert take(ledger) is None
     assert ledger.redeliver(str(uuid.uuid4()), "ada") is None
     again = ledger.redeliver(first.id, "ada")
     assert again is not None
