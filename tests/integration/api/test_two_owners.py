@@ -314,6 +314,7 @@ def test_a_key_without_the_scope_is_403(lone_api: Any) -> None:
         path = filled(rule, NOBODY | {"task_id": task_id})
         for scope, call in keys.items():
             answer = call(method, path)
+            answer.close()  # a stream would go on
             refused = answer.status_code == 403
             assert refused is (scope != needed), (method, rule, scope, answer.status_code)
             if refused:
