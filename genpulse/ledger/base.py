@@ -77,6 +77,9 @@ class _ForkLock:
 
 fork_lock = _ForkLock()
 
+FROZEN_TRANSACTION_S = 5.0
+"""How long a transaction may wait for its own process (PostgreSQL); far below a lease."""
+
 
 def connect(url: str, *, pool_size: int = 0, server_settings: bool = True) -> sa.Engine:
     """
@@ -106,7 +109,12 @@ def connect(url: str, *, pool_size: int = 0, server_settings: bool = True) -> sa
         return engine
     arguments: dict[str, Any] = dict(_CONNECT_POSTGRESQL)
     if server_settings:
-        arguments["options"] = "-c statement_timeout=15000 -c lock_timeout=10000 -c timezone=UTC"
+        # A process that is frozen, or whose host died, between two statements of a transaction keeps its
+        # row locks, and its task could be neither reaped nor canceled: the server ends it.
+        arguments["options"] = (
+            "-c statement_timeout=15000 -c lock_timeout=10000 -c timezone=UTC"
+            f" -c idle_in_transaction_session_timeout={int(1000 * FROZEN_TRANSACTION_S)}"
+        )
     return sa.create_engine(parsed, connect_args=arguments, **pool)
 
 
