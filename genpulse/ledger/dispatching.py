@@ -243,6 +243,16 @@ class Dispatching(Running):
             error=EXPIRED.as_dict(),
         )
 
+    def bound_servers(self) -> set[str]:
+        """The servers to which waiting tasks are bound."""
+        task = t.tasks.c
+        query = (
+            sa.select(task.bound_server)
+            .where(task.status == TaskStatus.PENDING, task.bound_server.is_not(None))
+            .distinct()
+        )
+        return set(self._read(lambda connection: connection.execute(query).scalars().all()))
+
     def release_bindings(self, live_servers: Collection[str], gone_servers: Collection[str] = ()) -> int:
         """
         Free tasks bound to a server that no live worker serves, once they have waited long enough.

@@ -242,6 +242,23 @@ class RunwayView:
             raise BrokerUnavailable(f"the runway cannot be read: {type(error).__name__}") from error
         return len(ours)
 
+    def server_queues(self) -> set[str]:
+        """The server queues (``comfy@gpu1``) that hold messages, whoever put them there."""
+        try:
+            keys = {_text(key) for key in self._client.scan_iter(match="*@*", count=1000, _type="list")}
+        except (redis.RedisError, OSError) as error:
+            raise BrokerUnavailable(f"the runway cannot be read: {type(error).__name__}") from error
+        # Celery's own lists (replies to remote control) have an "@" in their names too.
+        return {name for name in map(queues.queue_of_key, keys) if not name.endswith(".pidbox")}
+
+    def clear(self, names: Iterable[str]) -> None:
+        """Delete all messages of these queues; raises :class:`BrokerUnavailable`."""
+        try:
+            for name in names:
+                self._client.delete(*queues.redis_keys(name))
+        except (redis.RedisError, OSError) as error:
+            raise BrokerUnavailable(f"a queue cannot be cleared: {type(error).__name__}") from error
+
     def counts(self, names: Iterable[str]) -> dict[str, int]:
         """Waiting messages by queue; raises :class:`BrokerUnavailable`."""
         wanted = list(dict.fromkeys(names))

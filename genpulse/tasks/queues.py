@@ -29,6 +29,7 @@ __all__ = [
     "base_queue",
     "check_name",
     "describe",
+    "queue_of_key",
     "redis_key",
     "redis_keys",
     "server_queue",
@@ -176,6 +177,11 @@ def redis_key(queue: str, step: int) -> str:
     Source: kombu 5.7 ``transport/redis.py``, ``Channel._q_for_pri``; no ``global_keyprefix``.
     """
     return f"{queue}{_SEPARATOR}{step}" if step else queue
+
+
+def queue_of_key(key: str) -> str:
+    """The queue whose Redis list this is."""
+    return key.partition(_SEPARATOR)[0]
 
 
 def redis_keys(queue: str) -> tuple[str, ...]:

@@ -35,6 +35,7 @@ OVERDUE_S = 5.0
 WORKER_FRESH_S = 15.0
 GONE_AFTER_S = 10.0
 _RARELY_S = 60.0
+_CLEAR_S = 10.0
 _COLLECT_S = 10.0
 
 
@@ -72,6 +73,7 @@ class Sweeper:
         self._missing: dict[str, Dispatch] = {}
         self._down_since: dict[str, float] = {}
         self._rarely_at = time.monotonic()
+        self._cleared_at = 0.0
         self._collected_at = time.monotonic()
 
     def sweep(self) -> Swept:
@@ -87,6 +89,7 @@ class Sweeper:
                 swept.reaped = self._reap()
                 live, gone = self._servers()
                 swept.released = self._ledger.release_bindings(live, gone)
+                self._clear_unserved(live | gone)
             swept.expired = self._ledger.expire()
             swept.sent_again = self._reconcile()
             swept.relayed = self._relay.pulse()
@@ -135,6 +138,27 @@ class Sweeper:
         self._down_since = {name: self._down_since.get(name, at) for name in down}
         gone = {name for name, since in self._down_since.items() if at - since >= GONE_AFTER_S}
         return healthy.keys() - gone, gone
+
+    def _clear_unserved(self, served: set[str]) -> None:
+        """
+        Delete what waits in the queue of a server that nobody serves and no waiting task is bound to.
+
+        The task of such a message was freed, has ended, or runs elsewhere. Nobody would ever take it out.
+        """
+        if time.monotonic() - self._cleared_at < _CLEAR_S:
+            return
+        self._cleared_at = time.monotonic()
+        try:
+            waiting = self._view.server_queues()
+            if not waiting:
+                return
+            needed = served | self._ledger.bound_servers()
+            unserved = {name for name in waiting if name.partition("@")[2] not in needed}
+            self._view.clear(unserved)
+        except BrokerUnavailable:
+            return
+        if unserved:
+            log.info("server_queues_cleared", queues=sorted(unserved))
 
     def _reap(self) -> int:
         """Take back the tasks of dead workers: their session is gone and three beats are missed, or the lease ran out."""

@@ -573,18 +573,20 @@ def _wait_reason(task: Task, position: int | None) -> tuple[str, str] | None:
     if task.status is not TaskStatus.PENDING:
         return None
     if task.bound_server:
-        return ("bound", "An earlier attempt's prompt is still on a server; the task goes on there.")
+        return "bound", f"The task goes on on the server {task.bound_server}, which has what it needs."
     running, cap = service().ledger.running_of(task.owner, service().settings.max_running)
     if cap and running >= cap:
         tasks = "1 task runs" if running == 1 else f"{running} tasks run"
         return "owner_limit", f"{tasks} already, as many as this owner may have at once."
     serving = [worker for worker in service().ledger.workers() if task.queue in worker.queues]
     if not serving:
-        return "no_worker", f"No worker serves the queue {task.queue} just now."
+        return "no_worker", f"Waiting for a worker of the queue {task.queue}."
     if not any(queues.takes(worker, task.queue) for worker in serving):
         if any(server["healthy"] for worker in serving for server in worker.servers):
             return "no_worker", f"The workers of the queue {task.queue} are stopping."
-        return "no_server", f"The workers of the queue {task.queue} have no healthy server just now."
+        why = sorted({str(server["reason"]) for worker in serving for server in worker.servers} - {""})
+        told = f" ({'; '.join(why)})" if why else ""
+        return "no_server", f"The workers of the queue {task.queue} have no healthy server just now{told}."
     if task.available_at and task.available_at > dt.datetime.now(dt.UTC):
         return "backoff", "The next attempt is due soon."
     if position is not None and position > 1:
@@ -670,11 +672,14 @@ def _fleet(problems: list[str]) -> dict[str, Any]:
     servers: dict[str, dict[str, Any]] = {}
     for worker in workers:
         for server in worker.servers:
-            entry = servers.setdefault(server["name"], {"healthy": False, "workers": 0})
+            entry = servers.setdefault(server["name"], {"healthy": False, "workers": 0, "reason": ""})
             entry["workers"] += 1
             entry["healthy"] = entry["healthy"] or bool(server["healthy"])
+            entry["reason"] = "" if entry["healthy"] else entry["reason"] or str(server.get("reason", ""))
     problems.extend(
-        f"The server {name} is not healthy." for name, entry in servers.items() if not entry["healthy"]
+        f"The server {name} is not healthy: {entry['reason'] or 'no reason known'}."
+        for name, entry in servers.items()
+        if not entry["healthy"]
     )
     return {
         "queues": lines,

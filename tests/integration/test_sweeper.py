@@ -223,6 +223,38 @@ def test_a_bound_task_is_freed_when_its_last_worker_is_gone(
     assert row_of(ledger, held.task)["bound_server"] is None
 
 
+def test_what_waits_for_a_server_that_nobody_serves_is_cleared(
+    ledger: Ledger,
+    make_sweeper: Callable[..., Sweeper],
+    valkey_url: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its task went elsewhere or ended; where a task is still bound, or a worker serves it, it stays."""
+    monkeypatch.setattr("genpulse.tasks.sweeper._CLEAR_S", 0.0)
+    sweeper = make_sweeper(ledger)
+    held = hold(ledger, 1)
+    prompt(ledger, held, "bound")
+    ledger.hand_back(held.fence, adopt_wait_s=600.0)
+    celerys_own = "host@x.reply.celery.pidbox"
+    with redis.Redis.from_url(valkey_url, decode_responses=True) as client, worker(ledger, "served"):
+        for name in (
+            "comfy@bound",
+            "comfy@served",
+            "comfy@gone",
+            "comfy@gone\x06\x169",
+            celerys_own,
+            "comfy",
+        ):
+            client.lpush(name, "{}")
+        client.set("note@gone", "no list")
+        steady(sweeper)
+        sweeper.sweep()
+
+        left = {key for key in client.scan_iter() if client.type(key) == "list"}
+        assert left == {"comfy@bound", "comfy@served", celerys_own, "comfy"}
+        assert client.get("note@gone") == "no list"
+
+
 def test_a_sweeper_that_just_connected_frees_no_binding(
     ledger: Ledger, make_sweeper: Callable[..., Sweeper]
 ) -> None:

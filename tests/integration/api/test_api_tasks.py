@@ -308,7 +308,7 @@ def register(api: Any, *, healthy: bool = True, consuming: bool = True) -> None:
         host="host",
         pid=1,
         queues=["comfy", "comfy@gpu1", "cpu"],
-        servers=[{"name": "gpu1", "healthy": healthy, "reason": ""}],
+        servers=[{"name": "gpu1", "healthy": healthy, "reason": "" if healthy else "no progress"}],
         slots=2,
         consuming=consuming,
         session_key=1,
@@ -328,9 +328,12 @@ def test_a_waiting_task_says_why(api: Any) -> None:
     render = api.service.ledger.submit(NewTask("echo", "comfy", {}, owner="default"))[0].id
     behind = api.service.ledger.submit(NewTask("echo", "comfy", {}, owner="default"))[0].id
 
-    assert waits(api, render) == ("no_worker", "No worker serves the queue comfy just now.")
+    assert waits(api, render) == ("no_worker", "Waiting for a worker of the queue comfy.")
     register(api, healthy=False)
-    assert waits(api, render)[0] == "no_server"
+    assert waits(api, render) == (
+        "no_server",
+        "The workers of the queue comfy have no healthy server just now (no progress).",
+    )
     assert waits(api, short)[0] == "next"
     register(api, consuming=False)
     assert waits(api, render) == ("no_worker", "The workers of the queue comfy are stopping.")
@@ -359,7 +362,7 @@ def test_status_says_which_queue_nobody_takes_from(api: Any) -> None:
 
     assert found["status"] == "degraded"
     assert found["queues"]["cpu"]["slots"] == 2
-    assert "The server gpu1 is not healthy." in found["problems"]
+    assert "The server gpu1 is not healthy: no progress." in found["problems"]
     assert not any("queue cpu" in problem for problem in found["problems"])
     register(api, consuming=False)
     assert "No worker of the queue cpu takes tasks just now." in api.client.get("/status").json["problems"]
