@@ -9,6 +9,7 @@ there is no limit, for the only callers are this machine's own.
 from __future__ import annotations
 
 import math
+import re
 import time
 from typing import Any
 
@@ -94,6 +95,4 @@ def _window(limiter: Limiter) -> tuple[int, int, int] | None:
 
 def _storage_uri(redis_url: str) -> str:
     """The Redis URL in the words of the ``limits`` package."""
-    for scheme in ("redis+socket://", "unix://"):
-        redis_url = redis_url.replace(scheme, "redis+unix://", 1)
-    return redis_url
+    return re.sub(r"^(redis\+socket|unix)://", "redis+unix://", redis_url)
