@@ -18,7 +18,6 @@ from genpulse.ledger import tables as t
 from genpulse.ledger.requests import (
     CANCELED,
     INSERT,
-    WHOLE,
     IdempotencyConflict,
     KeyTaken,
     Requests,
@@ -106,10 +105,16 @@ class Batches(Requests):
         while True:
             with contextlib.suppress(KeyTaken):
                 return self._write(record), False
-            if (earlier := self._replay_batch(owner, str(idempotency_key), body_hash)) is not None:
+            if (earlier := self.find_batch_replay(owner, str(idempotency_key), body_hash)) is not None:
                 return earlier, True
 
-    def _replay_batch(self, owner: str, key: str, body_hash: str) -> Batch | None:
+    def find_batch_replay(self, owner: str, key: str, body_hash: str) -> Batch | None:
+        """
+        The batch that a request with this key has brought about before.
+
+        Raises:
+            IdempotencyConflict: The key was used with another body.
+        """
         column = t.idempotency_keys.c
         query = sa.select(column.body_hash, column.batch_id).where(column.owner == owner, column.key == key)
         row = self._read(lambda connection: connection.execute(query).first())
@@ -135,13 +140,20 @@ class Batches(Requests):
         """A batch's tasks in the order of their submission, with whole params."""
         task = t.tasks.c
         query = (
-            WHOLE.where(task.batch_id == batch_id, task.owner == owner, task.batch_index > after_index)
+            sa.select(t.tasks)
+            .where(task.batch_id == batch_id, task.owner == owner, task.batch_index > after_index)
             .order_by(task.batch_index)
             .limit(limit)
         )
-        return self._read(
-            lambda connection: [task_from_row(row) for row in connection.execute(query).mappings()]
-        )
+        shared = sa.select(t.batches.c.shared_params).where(t.batches.c.id == batch_id)
+
+        def read(connection: sa.Connection) -> list[Task]:
+            rows = connection.execute(query).mappings().all()
+            # Once, and not joined to each row: it may be a workflow of a megabyte.
+            common = connection.execute(shared).scalar_one_or_none() if rows else None
+            return [task_from_row({**row, "shared_params": common}) for row in rows]
+
+        return self._read(read)
 
     def batch_task_ids(self, batch_id: str, owner: str) -> list[str]:
         """The ids of a batch's tasks in the order of their submission."""

@@ -72,7 +72,10 @@ WHOLE = sa.select(t.tasks, t.batches.c.shared_params).outerjoin(
 
 
 def task_from_row(
-    row: sa.RowMapping, *, outputs: Sequence[Output] = (), attempts: Sequence[Attempt] = ()
+    row: sa.RowMapping | Mapping[str, Any],
+    *,
+    outputs: Sequence[Output] = (),
+    attempts: Sequence[Attempt] = (),
 ) -> Task:
     """
     Build the frozen record from a row of ``tasks``.

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from genpulse.config import Settings
-from genpulse.errors import InvalidRequest
+from genpulse.errors import InvalidRequest, QueueFull
 from genpulse.ledger import Ledger, SourceGone
 from genpulse.model import Batch
 from genpulse.tasks.registry import Registry
-from genpulse.tasks.submit import Locate, body_digest, prepare
+from genpulse.tasks.submit import Locate, Room, any_number, body_digest, prepare
 
 __all__ = ["MAX_TASKS", "Grid", "accept_grid", "accept_tasks"]
 
@@ -113,9 +113,13 @@ def accept_grid(
     *,
     owner: str,
     idempotency_key: str | None = None,
+    room: Room = any_number,
 ) -> tuple[Batch, bool]:
     """
     Check a grid of tasks and record all of them, or none.
+
+    Args:
+        room: Asked whether the owner may have so many more tasks waiting.
 
     Returns:
         The batch, and whether it is a replay of an earlier request.
@@ -123,6 +127,7 @@ def accept_grid(
     Raises:
         InvalidRequest: One of them makes no task; its pointers are below ``/template`` and ``/grid``.
             ``too_large`` if the tasks differ by more bytes than a request may have.
+        QueueFull: There is no room for so many; nothing was recorded.
         IdempotencyConflict: The key was used with another body.
         LedgerUnavailable: Nothing is known to be recorded.
     """
@@ -139,6 +144,7 @@ def accept_grid(
         owner=owner,
         grid=list(values),
         idempotency_key=idempotency_key,
+        room=room,
         # In this order, for the order of the grid's names decides the order of the tasks.
         body_hash=body_digest({"template": template, "grid": list(values.items())}),
     )
@@ -152,6 +158,7 @@ def accept_tasks(
     *,
     owner: str,
     idempotency_key: str | None = None,
+    room: Room = any_number,
 ) -> tuple[Batch, bool]:
     """As :func:`accept_grid`, for tasks named one by one; the pointers are below ``/tasks``."""
     return _accept(
@@ -163,6 +170,7 @@ def accept_tasks(
         owner=owner,
         grid=[],
         idempotency_key=idempotency_key,
+        room=room,
         body_hash=body_digest({"tasks": tasks}),
     )
 
@@ -178,8 +186,17 @@ def _accept(
     grid: Sequence[str],
     idempotency_key: str | None,
     body_hash: str,
+    room: Room,
 ) -> tuple[Batch, bool]:
     tasks = prepare(ledger, registry, settings, requests, owner=owner, locate=locate)
+    try:
+        room(len(tasks))
+    except QueueFull:
+        # Whoever repeats a request that was taken must learn so, and not that it was not.
+        earlier = ledger.find_batch_replay(owner, idempotency_key, body_hash) if idempotency_key else None
+        if earlier is None:
+            raise
+        return earlier, True
     try:
         return ledger.submit_batch(
             tasks,

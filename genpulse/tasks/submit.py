@@ -29,6 +29,7 @@ __all__ = [
     "Retries",
     "Room",
     "accept",
+    "any_number",
     "body_digest",
     "prepare",
     "retry",
@@ -45,7 +46,7 @@ Room = Callable[[int], None]
 """Called with the number of tasks about to be recorded; raises :class:`QueueFull` if they are too many."""
 
 
-def _any_number(_: int) -> None:
+def any_number(_: int) -> None:
     """There is room for everything."""
 
 
@@ -58,7 +59,7 @@ def accept(  # the parts, the words, and who says them
     owner: str,
     idempotency_key: str | None = None,
     body_hash: str | None = None,
-    room: Room = _any_number,
+    room: Room = any_number,
 ) -> tuple[Task, bool]:
     """
     Check a request and record it as a task.
@@ -112,7 +113,7 @@ def retry(
     task: Task,
     *,
     idempotency_key: str | None = None,
-    room: Room = _any_number,
+    room: Room = any_number,
 ) -> tuple[Task, bool]:
     """
     Record a final task once more, as a new one with ``retry_of``; the old one stays as it is.
@@ -150,7 +151,7 @@ def retry_matching(  # each is one filter
     again: bool = False,
     limit: int = 100,
     dry_run: bool = False,
-    room: Room = _any_number,
+    room: Room = any_number,
 ) -> Retries:
     """
     Send again what a filter finds, in bounded transactions, the oldest first.
@@ -265,8 +266,9 @@ def prepare(
         with _located(index, locate):
             if "server_address" in body["params"]:
                 # In the original system a caller could make the workers speak to any host by this.
-                sentence = "server_address is not the caller's to choose."
-                raise InvalidRequest("invalid_request", sentence, [("/params/server_address", sentence)])
+                reason = "is not the caller's to choose"
+                errors = [("/params/server_address", reason)]
+                raise InvalidRequest("invalid_request", f"server_address {reason}.", errors)
             if (callback_url := body.get("callback_url")) is not None:
                 _check_callback(settings, callback_url)
             handler = registry.get(body["task_type"])

@@ -135,6 +135,7 @@ class TaskSummary(_Answer):
         description="Before the end: not begun by then, the task fails. After it: then it is deleted, outputs and all."
     )
     retry_of: str | None = Field(description="The task that this one is a retry of.")
+    batch_id: str | None = Field(description="The batch that it was submitted with.")
     metadata: dict[str, str]
     urls: Urls
 
@@ -178,6 +179,7 @@ def task_summary(task: Task, link: Link, retention: dt.timedelta | None = None) 
         "updated_at": task.updated_at,
         "expires_at": (task.completed_at + retention if task.completed_at and retention else task.expires_at),
         "retry_of": task.retry_of,
+        "batch_id": task.batch_id,
         "metadata": dict(task.metadata),
         "urls": urls(task.id, link),
     }

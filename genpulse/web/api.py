@@ -114,7 +114,9 @@ def submit_task(header: schemas.WaitingHeaders, body: schemas.SubmitBody) -> Res
         here.wake()
     if not header.wait_s:
         return _accepted(schemas.Accepted, task, replayed=replayed)
-    found, waited = await_task(task, header.wait_s, _is_final)
+    # An earlier one may be final, and came without its outputs.
+    now = _task(task.id) if replayed else task
+    found, waited = await_task(now, header.wait_s, _is_final)
     given = (
         _json(_view(found), 200, {"Location": _link("read_task", task_id=task.id)})
         if _is_final(found)
@@ -150,28 +152,43 @@ def _accepted(shape: type[schemas.Accepted], task: Task, *, replayed: bool, **mo
     "GET",
     "/task",
     tag="Tasks",
-    answers={200: answer(schemas.TaskList, "A page of tasks, newest first.")},
+    answers={
+        200: answer(schemas.TaskList, "A page of tasks, newest first.", ETag="Changes with the page."),
+        304: empty_answer("Nothing changed since `If-None-Match`."),
+    },
     refusals=(422,),
 )
 def list_tasks(query: schemas.ListQuery) -> Response:
-    """List one's own tasks, newest first."""
-    page = service().ledger.list_tasks(
+    """
+    List one's own tasks, newest first.
+
+    The filters are joined by "and"; several statuses by "or". Where filters leave little, a page may be
+    short or even empty and still have a `next_cursor`: no page looks at more than 20,000 tasks.
+    """
+    here = service()
+    task_type = query.task_type
+    if task_type is not None and task_type in here.registry:
+        task_type = here.registry.get(task_type).task_type
+    page = here.ledger.list_tasks(
         access.owner(),
-        statuses=[TaskStatus(query.status)] if query.status else (),
-        task_type=query.task_type,
+        statuses=[TaskStatus(each) for each in query.status],
+        task_type=task_type,
+        labels=query.metadata,
+        batch_id=query.batch_id,
         created_after=query.created_after,
+        created_before=query.created_before,
         before_id=query.cursor,
         limit=query.limit,
     )
-    return _json(
-        schemas.TaskList(
-            tasks=[
-                schemas.TaskSummary(**schemas.task_summary(task, _link, service().settings.retention))
-                for task in page.tasks
-            ],
-            next_cursor=page.next_id,
-        )
+    view = schemas.TaskList(
+        tasks=[
+            schemas.TaskSummary(**schemas.task_summary(task, _link, here.settings.retention))
+            for task in page.tasks
+        ],
+        next_cursor=page.next_id,
+        next=page.next_id and _link("list_tasks", **{**request.args, "cursor": page.next_id}),
     )
+    return _with_etag(_json(view))
 
 
 @ROUTES.add(

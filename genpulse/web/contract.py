@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from flask import Response, request
 from flask_openapi.blueprint import APIBlueprint
@@ -24,7 +25,7 @@ from pydantic.json_schema import models_json_schema
 from genpulse import __version__
 from genpulse.web import problems
 from genpulse.web.bodies import check_values, read_json
-from genpulse.web.problems import Problem, validation_problem
+from genpulse.web.problems import Problem, printable, validation_problem
 from genpulse.web.schemas import ProblemView
 
 __all__ = ["Contract", "Route", "Routes", "answer", "bytes_answer", "empty_answer", "events_answer"]
@@ -258,7 +259,7 @@ def _checked(view: Callable[..., Any]) -> Callable[..., Any]:
                 # An id that cannot be one is as unknown as one that is not.
                 raise Problem(404, detail="There is nothing at this address.") from None
         if "query" in models:
-            given["query"] = _validated(models["query"], _query(), "query")
+            given["query"] = _validated(models["query"], _query(models["query"]), "query")
         if "header" in models:
             wanted = [info.alias or name for name, info in models["header"].model_fields.items()]
             found = {name: request.headers[name] for name in wanted if name in request.headers}
@@ -271,13 +272,36 @@ def _checked(view: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _query() -> dict[str, str]:
-    repeated = [name for name, values in request.args.lists() if len(values) > 1]
-    if repeated:
-        raise Problem(422, detail="A query parameter is given twice.", errors=[("query", "given twice")])
-    found = request.args.to_dict()
-    check_values(found)
+_ENTRY = re.compile(r"(\w+)\[(.*)\]", re.DOTALL)
+
+
+def _query(model: type[BaseModel]) -> dict[str, Any]:
+    """The query's parameters; those like ``metadata[key]`` as one object, where *model* takes one."""
+    if repeated := [name for name, values in request.args.lists() if len(values) > 1]:
+        errors = [(f"query:{name}", "is given twice") for name in map(printable, repeated)]
+        raise Problem(422, detail="A query parameter is given twice.", errors=errors)
+    found: dict[str, Any] = {}
+    for name, value in request.args.items():
+        try:
+            check_values({name: value})
+        except Problem as problem:
+            errors = [(f"query:{printable(name)}", what) for _, what in problem.errors]
+            raise Problem(422, detail=f"A query parameter {errors[0][1]}.", errors=errors) from None
+        entry = _ENTRY.fullmatch(name)
+        if entry and entry[1] in _objects(model):
+            found.setdefault(entry[1], {})[entry[2]] = value
+        elif name in _objects(model):
+            detail = f"Write {name}[key]=value."
+            raise Problem(422, detail=detail, errors=[(f"query:{name}", detail)])
+        else:
+            found[name] = value
     return found
+
+
+@functools.cache
+def _objects(model: type[BaseModel]) -> frozenset[str]:
+    """The parameters of a query that hold an object."""
+    return frozenset(name for name, info in model.model_fields.items() if get_origin(info.annotation) is dict)
 
 
 def _validated(model: type[BaseModel], value: Any, place: str) -> BaseModel:

@@ -10,6 +10,7 @@ path or a secret.
 from __future__ import annotations
 
 import json
+import re
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from http import HTTPStatus
@@ -22,7 +23,16 @@ from werkzeug.exceptions import HTTPException
 
 from genpulse.errors import InvalidRequest, LedgerUnavailable, QueueFull, StorageUnavailable
 
-__all__ = ["CONTENT_TYPE", "MAX_ERRORS", "Problem", "install", "pointer", "title", "validation_problem"]
+__all__ = [
+    "CONTENT_TYPE",
+    "MAX_ERRORS",
+    "Problem",
+    "install",
+    "pointer",
+    "printable",
+    "title",
+    "validation_problem",
+]
 
 CONTENT_TYPE = "application/problem+json"
 
@@ -121,7 +131,7 @@ def validation_problem(error: ValidationError, *, place: str = "") -> Problem:
     """422 ``invalid_request`` from pydantic's report; never quotes the input back."""
     found = [
         (
-            f"{place}:{'.'.join(map(str, problem['loc']))}" if place else pointer(problem["loc"]),
+            _named(place, problem["loc"]) if place else pointer(problem["loc"]),
             # Pydantic would name our class.
             "must be a JSON object"
             if problem["type"] == "model_type"
@@ -132,6 +142,17 @@ def validation_problem(error: ValidationError, *, place: str = "") -> Problem:
     where, what = found[0]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return Problem(422, "invalid_request", f"{where or 'body'}: {what}{more}", errors=found)
+
+
+def _named(place: str, parts: Sequence[str | int]) -> str:
+    """``query:limit``, ``query:metadata[key]``, ``header:Idempotency-Key``."""
+    first, *rest = map(printable, map(str, parts or ("",)))
+    return f"{place}:{first}" + "".join(f"[{part}]" for part in rest)
+
+
+def printable(text: str) -> str:
+    """A name from the outside, fit to be said back: no control characters, no half characters, not long."""
+    return re.sub("[\x00-\x1f\x7f\ud800-\udfff]", "\ufffd", text)[:200]
 
 
 def request_id() -> str:

@@ -202,15 +202,31 @@ class KeyPath(BaseModel):
     key: str = Field(min_length=1, description="The storage key; it may hold slashes.")
 
 
+def _listed(value: Any) -> Any:
+    return value.split(",") if isinstance(value, str) else value
+
+
+Status = Literal["pending", "processing", "completed", "failed", "canceled"]
+
+
 class ListQuery(BaseModel):
     """Which of one's tasks to list."""
 
     model_config = ConfigDict(extra="forbid")
 
-    status: Literal["pending", "processing", "completed", "failed", "canceled"] | None = None
-    task_type: str | None = Field(None, min_length=1, max_length=63)
+    status: Annotated[list[Status], BeforeValidator(_listed)] = Field(
+        default_factory=list, max_length=5, description="One or several, separated by commas."
+    )
+    task_type: str | None = Field(None, min_length=1, max_length=63, description="A type or an alias.")
+    metadata: dict[MetadataKey, MetadataValue] = Field(
+        default_factory=dict,
+        max_length=5,
+        description="`metadata[key]=value`: tasks whose metadata has all of these entries.",
+    )
+    batch_id: str | None = Field(None, pattern=UUID_PATTERN, description="Tasks of this batch.")
     created_after: Instant | None = Field(None, description="RFC 3339, with a zone.")
-    limit: int = Field(50, ge=1, le=200)
+    created_before: Instant | None = Field(None, description="RFC 3339, with a zone.")
+    limit: int = Field(50, ge=1, le=200, description="Tasks of a page, at most.")
     cursor: str | None = Field(None, pattern=UUID_PATTERN, description="`next_cursor` of the page before.")
 
 
@@ -266,7 +282,10 @@ class TaskList(_Answer):
     """A page of tasks, newest first."""
 
     tasks: list[TaskSummary]
-    next_cursor: str | None
+    next_cursor: str | None = Field(
+        description="There may be more behind it, also where this page is short or empty."
+    )
+    next: str | None = Field(description="The next page's address.")
 
 
 class Retried(Accepted):
