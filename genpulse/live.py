@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import redis
 
-__all__ = ["Ear", "Entry", "EventReader", "Live", "Past", "redis_client"]
+__all__ = ["START", "Ear", "Entry", "EventReader", "Live", "Past", "order", "redis_client"]
 
 TIMEOUT_S = 0.05
 PAUSE_S = 5.0
@@ -302,7 +302,7 @@ class EventReader:
         past = self._ask(lambda: self._past(task_id, after))
         if past is not None:
             with self._lock:
-                if followed.after is None or _order(past.newest) < _order(followed.after):
+                if followed.after is None or order(past.newest) < order(followed.after):
                     followed.after = past.newest
             self._interrupt()
         return past
@@ -455,7 +455,8 @@ def _entry(entry_id: str, fields: Mapping[str, str]) -> Entry | None:
     return Entry(entry_id, fields.get("kind", ""), data) if isinstance(data, dict) else None
 
 
-def _order(entry_id: str) -> tuple[int, int]:
+def order(entry_id: str) -> tuple[int, int]:
+    """What compares ids of entries: they count like numbers, not like text."""
     milliseconds, _, number = entry_id.partition("-")
     return int(milliseconds), int(number or 0)
 

@@ -41,6 +41,7 @@ class Urls(_Answer):
     """Where to go from here."""
 
     self: str
+    events: str
     cancel: str
 
 
@@ -186,8 +187,9 @@ def task_summary(task: Task, link: Link, retention: dt.timedelta | None = None) 
 
 
 def urls(task_id: str, link: Link) -> dict[str, str]:
-    """Where a task is read and canceled."""
-    return {"self": link("read_task", task_id=task_id), "cancel": link("cancel_task", task_id=task_id)}
+    """Where a task is read, watched and canceled."""
+    views = {"self": "read_task", "events": "watch_task", "cancel": "cancel_task"}
+    return {name: link(view, task_id=task_id) for name, view in views.items()}
 
 
 def task_view(

@@ -55,7 +55,7 @@ def create_app(settings: Settings | None = None, *, registry: Registry | None = 
         SettingsError: A setting cannot be used.
         RegistryError: A task type's declaration cannot be used.
     """
-    from genpulse.web import batch, deliveries, docs  # their routes join the table
+    from genpulse.web import batch, deliveries, docs, events  # their routes join the table
     from genpulse.web.api import MODELS, ROUTES
     from genpulse.web.contract import Contract
 
@@ -63,7 +63,7 @@ def create_app(settings: Settings | None = None, *, registry: Registry | None = 
     settings = settings or Settings.from_env()
     registry = registry or default_registry()
     names = [name for handler in registry for name in (handler.task_type, *handler.aliases)]
-    models = (*MODELS, *batch.MODELS, *deliveries.MODELS)
+    models = (*MODELS, *batch.MODELS, *deliveries.MODELS, *events.MODELS)
     app = Contract(__name__, ROUTES, models, names, webhooks=deliveries.WEBHOOKS)
     app.json.sort_keys = False  # type: ignore[attr-defined]  # Flask's default provider has it
     # Up to five times as many in a rush. Watchers need none while they wait.
@@ -82,7 +82,7 @@ def create_app(settings: Settings | None = None, *, registry: Registry | None = 
         ledger,
         settings.redis_url.get_secret_value(),
         places=settings.watcher_places,
-        is_stopping=lambda: service.is_stopping(),
+        is_stopping=lambda: service.is_stopping(),  # noqa: PLW0108 - gunicorn's hook sets it later
     )
     problems.install(app)
     access.install(app, settings, ROUTES)

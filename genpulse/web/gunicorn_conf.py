@@ -24,6 +24,8 @@ bind = (
 worker_class = "gthread"
 workers = _settings.api_workers
 threads = _settings.api_threads
+# Idle connections take no thread, but are counted here, and one beyond it is not accepted.
+worker_connections = _settings.api_threads + 1000
 preload_app = False
 timeout = 60
 graceful_timeout = 10
@@ -66,6 +68,8 @@ def post_worker_init(worker: Any) -> None:
 
 def worker_exit(_server: Any, worker: Any) -> None:
     """About to end: the threads must not be in the middle of a transaction."""
+    if (app := getattr(worker, "wsgi", None)) is not None:  # there is none if it could not be loaded
+        app.extensions["genpulse"].watchers.close()
     running = getattr(worker, "genpulse_background", None)
     if running is not None:
         running.stop()

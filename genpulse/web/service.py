@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from genpulse.storage import StorageProvider
     from genpulse.tasks.admission import Admission
     from genpulse.tasks.registry import Registry
+    from genpulse.web.watch import Watchers
 
 __all__ = ["OWNER", "Service", "service"]
 
@@ -41,6 +42,8 @@ class Service:
     """Tells the workers, through Redis and never in the request, that a cancel was committed."""
     is_stopping: Callable[[], bool] = field(default=lambda: False)
     """Whether the process was told to stop: ``/ready`` says so while requests in flight end."""
+    watchers: Watchers = field(init=False)
+    """Event streams and long polls; ``create_app`` sets it."""
 
 
 def service() -> Service:

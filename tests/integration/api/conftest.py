@@ -125,7 +125,11 @@ class Api:
 
     def complete(self, task_id: str, *files: tuple[str, bytes, str]) -> None:
         """Run the task: store *files* (name, content, content type) and finish it."""
-        claim = self.claim(task_id)
+        self.finish(self.claim(task_id), *files)
+
+    def finish(self, claim: Claim, *files: tuple[str, bytes, str]) -> None:
+        """Store *files* and end the attempt as completed."""
+        task_id = claim.fence.task_id
         outputs = []
         for number, (name, content, content_type) in enumerate(files):
             key = f"outputs/{task_id}/{claim.fence.attempt}/{number}"

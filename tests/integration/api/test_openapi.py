@@ -114,7 +114,8 @@ def test_generated_calls_get_what_the_document_promises(
     from schemathesis.generation import GenerationMode
     from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
 
-    api = build(sqlite_ledger_url, tmp_path / "data", api_key="a-plain-key")
+    # Watchers of tasks that nobody runs: not for long.
+    api = build(sqlite_ledger_url, tmp_path / "data", api_key="a-plain-key", watch_s=0.05)
     schema = schemathesis.openapi.from_wsgi(
         "/openapi.json", api.app, headers={"Authorization": "Bearer a-plain-key"}
     )
