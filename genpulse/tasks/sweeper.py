@@ -237,6 +237,7 @@ class Sweeper:
             return
         self._rarely_at = time.monotonic()
         self._ledger.forget_expired_keys()
+        self._ledger.forget_empty_batches()
         self._ledger.forget_old_workers()
         self._probe.collect()
 

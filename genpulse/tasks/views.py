@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime as dt
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -113,7 +113,16 @@ class Timings(_Answer):
 class WaitReason(_Answer):
     """Why a task waits."""
 
-    code: str
+    code: Literal[
+        "bound", "owner_limit", "no_worker", "no_server", "no_broker", "backoff", "queued", "next"
+    ] = Field(
+        description=(
+            "`bound`: one server has what it needs. `owner_limit`: its owner has as many running as "
+            "allowed. `no_worker`, `no_server`: nobody takes tasks of its queue, or none of their servers is "
+            "well. `no_broker`: Redis is away. `backoff`: the last attempt failed, and the next is not due "
+            "yet. `queued`: others go first. `next`: as soon as a worker is free."
+        )
+    )
     text: str
 
 
@@ -227,7 +236,9 @@ def task_view(
     return TaskView(
         **task_summary(task, link, retention),
         queue_position=position,
-        wait_reason=WaitReason(code=reason[0], text=reason[1]) if reason else None,
+        wait_reason=WaitReason.model_validate(dict(zip(("code", "text"), reason, strict=True)))
+        if reason
+        else None,
         progress=percent,
         progress_detail=detail,
         result=_result(task, outputs),

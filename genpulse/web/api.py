@@ -8,7 +8,6 @@ is, within 50 ms; nothing waits for it and nothing depends on it.
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import json
 import re
 from collections.abc import Callable
@@ -34,6 +33,7 @@ from genpulse.web.contract import Contract, Routes, answer, bytes_answer, empty_
 from genpulse.web.files import send_stored
 from genpulse.web.problems import Problem
 from genpulse.web.service import service
+from genpulse.web.waiting import wait_reason
 
 __all__ = ["MODELS", "ROUTES", "await_task", "connection"]
 
@@ -580,36 +580,9 @@ def _view(task: Task) -> schemas.TaskView:
         _link,
         live=live,
         position=position,
-        reason=_wait_reason(task, position),
+        reason=wait_reason(task, position),
         retention=here.settings.retention,
     )
-
-
-def _wait_reason(task: Task, position: int | None) -> tuple[str, str] | None:
-    """Why a pending task waits, as far as one read of the workers' table tells."""
-    if task.status is not TaskStatus.PENDING:
-        return None
-    if task.bound_server:
-        return "bound", f"The task goes on on the server {task.bound_server}, which has what it needs."
-    running, cap = service().ledger.running_of(task.owner, service().settings.max_running)
-    if cap and running >= cap:
-        tasks = "1 task runs" if running == 1 else f"{running} tasks run"
-        return "owner_limit", f"{tasks} already, as many as this owner may have at once."
-    serving = [worker for worker in service().ledger.workers() if task.queue in worker.queues]
-    if not serving:
-        return "no_worker", f"Waiting for a worker of the queue {task.queue}."
-    if not any(queues.takes(worker, task.queue) for worker in serving):
-        if any(server["healthy"] for worker in serving for server in worker.servers):
-            return "no_worker", f"The workers of the queue {task.queue} are stopping."
-        why = sorted({str(server["reason"]) for worker in serving for server in worker.servers} - {""})
-        told = f" ({'; '.join(why)})" if why else ""
-        return "no_server", f"The workers of the queue {task.queue} have no healthy server just now{told}."
-    if task.available_at and task.available_at > dt.datetime.now(dt.UTC):
-        return "backoff", "The next attempt is due soon."
-    if position is not None and position > 1:
-        first = "1 task goes" if position == 2 else f"{position - 1} tasks go"
-        return "queued", f"{first} first."
-    return "next", "The task goes next."
 
 
 def _stored(output: Output) -> Response:

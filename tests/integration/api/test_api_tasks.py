@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from genpulse.errors import LedgerUnavailable
 from genpulse.model import ErrorInfo, NewTask, TaskStatus
+from tests.support.ledger import prompt
 
 UNKNOWN = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
 
@@ -322,18 +324,26 @@ def waits(api: Any, task_id: str) -> tuple[str, str]:
     return reason["code"], reason["text"]
 
 
-def test_a_waiting_task_says_why(api: Any) -> None:
+@pytest.fixture
+def up_api(api: Any, valkey_url: str) -> Any:
+    """The API with a broker that answers."""
+    from genpulse.live import Live
+
+    api.service.live = Live(valkey_url)
+    yield api
+    api.service.live.close()
+
+
+def test_a_waiting_task_says_why(up_api: Any) -> None:
     """From no worker at all to the next in the line; a sick ComfyUI holds up only what needs one."""
+    api = up_api
     short = api.submit()["task_id"]
     render = api.service.ledger.submit(NewTask("echo", "comfy", {}, owner="default"))[0].id
     behind = api.service.ledger.submit(NewTask("echo", "comfy", {}, owner="default"))[0].id
 
     assert waits(api, render) == ("no_worker", "Waiting for a worker of the queue comfy.")
     register(api, healthy=False)
-    assert waits(api, render) == (
-        "no_server",
-        "The workers of the queue comfy have no healthy server just now (no progress).",
-    )
+    assert waits(api, render)[0] == "no_server"
     assert waits(api, short)[0] == "next"
     register(api, consuming=False)
     assert waits(api, render) == ("no_worker", "The workers of the queue comfy are stopping.")
@@ -342,16 +352,44 @@ def test_a_waiting_task_says_why(api: Any) -> None:
     assert waits(api, behind) == ("queued", "1 task goes first.")
 
 
-def test_a_task_waits_for_its_next_attempt_only_until_that_is_due(api: Any) -> None:
+def test_a_task_waits_for_the_broker(api: Any) -> None:
+    """The task is recorded and a worker is there, and nothing can be sent to it."""
+    task_id = api.submit()["task_id"]
+    register(api)
+
+    assert waits(api, task_id)[0] == "no_broker"
+
+
+def test_a_task_waits_for_its_next_attempt_only_until_that_is_due(up_api: Any) -> None:
     """Afterwards it waits for what all the others wait for."""
+    api = up_api
     register(api)
     later, due = api.submit()["task_id"], api.submit()["task_id"]
     for task_id, delay_s in ((later, 60.0), (due, 0.0)):
         fence = api.claim(task_id).fence
         api.service.ledger.retry_later(fence, ErrorInfo(code="server_lost", message="m"), delay_s=delay_s)
 
-    assert waits(api, later) == ("backoff", "The next attempt is due soon.")
+    code, text = waits(api, later)
+
+    assert code == "backoff"
+    assert 1 <= int(re.findall(r"due in (\d+) s", text)[0]) <= 60
     assert waits(api, due)[0] in {"next", "queued"}
+
+
+def test_a_task_waits_for_the_server_that_has_its_prompt(up_api: Any) -> None:
+    """Handed back while its prompt runs on: only that server's workers may go on with it."""
+    api = up_api
+    task_id = api.submit()["task_id"]
+    held = api.claim(task_id)
+    prompt(api.service.ledger, held)
+    assert api.service.ledger.hand_back(held.fence, adopt_wait_s=60)
+
+    assert waits(api, task_id)[1].startswith("The server gpu1 has what the task needs, and no worker")
+    register(api)
+    assert waits(api, task_id) == (
+        "bound",
+        "The task goes on on the server gpu1, which has what it needs.",
+    )
 
 
 def test_status_says_which_queue_nobody_takes_from(api: Any) -> None:
