@@ -8,6 +8,7 @@ pay for a database driver. Results go to standard output, everything else to sta
 
 from __future__ import annotations
 
+import datetime as dt
 import enum
 import json
 import os
@@ -824,6 +825,138 @@ def status(as_json: bool, url: str | None, api_key: str | None) -> None:
             console.print(part)
     if found.get("status") != "ok":
         raise SystemExit(Exit.FAILED)
+
+
+@cli.command()
+@click.argument("task_ids", nargs=-1, metavar="[TASK_ID]...")
+@click.option(
+    "--status", type=click.Choice(["failed", "canceled", "completed"]), help="Retry tasks that ended so."
+)
+@click.option("--error-code", help="Only those with this error code, like server_lost.")
+@click.option("--task-type", help="Only those of this type.")
+@click.option("--since", help="Only those submitted since: 90m, 2h, 7d, or 2026-10-31T12:00:00Z.")
+@click.option("--until", help="Only those submitted before, spelled alike.")
+@click.option("--limit", type=click.IntRange(1), help="At most so many, the oldest first.")
+@click.option("--again", is_flag=True, help="Also tasks that were retried already.")
+@click.option("--dry-run", is_flag=True, help="Only show which.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@api_options
+def retry(
+    task_ids: tuple[str, ...],
+    status: str | None,
+    error_code: str | None,
+    task_type: str | None,
+    since: str | None,
+    until: str | None,
+    limit: int | None,
+    again: bool,
+    dry_run: bool,
+    as_json: bool,
+    url: str | None,
+    api_key: str | None,
+) -> None:
+    """
+    Send final tasks again: those named, or those that a filter finds.
+
+    \b
+    genpulse retry 0190…7f21                      this task
+    genpulse retry --status failed --since 7d     all that failed this week
+    genpulse retry --error-code server_lost --since 2h --dry-run
+
+    Each becomes a new task with the same request. A filter means failed tasks if it names no other
+    status, and leaves those alone that have a retry already. Prints a line "<task> <its retry>" for
+    each; exit code 5 if any could not be sent again.
+    """  # noqa: D301 - the same
+    given = {
+        "status": status,
+        "error_code": error_code,
+        "task_type": task_type,
+        "created_after": since and instant("--since", since),
+        "created_before": until and instant("--until", until),
+        "again": again or None,
+        "dry_run": dry_run or None,
+    }
+    filters = {name: value for name, value in given.items() if value is not None}
+    if task_ids and (filters or limit):
+        raise click.UsageError("name tasks, or give a filter, not both")
+    if not task_ids and not filters.keys() - {"again", "dry_run"}:
+        raise click.UsageError("name a task, or give a filter, for example --status failed")
+    report: dict[str, list[dict[str, Any]]] = {"retried": [], "refused": []}
+    try:
+        with api(url, api_key) as client:
+            pages = retry_named(client, task_ids) if task_ids else retry_found(client, filters, limit)
+            for page in pages:
+                for name in report:
+                    report[name] += page[name]
+                if not as_json:
+                    show_retries(page)
+    finally:  # an API that goes away in the middle does not take back what was done
+        if as_json:
+            click.echo(json.dumps(report))
+        count = len(report["retried"])
+        click.echo(
+            f"{'would retry' if dry_run else 'retried'} {count} task{'' if count == 1 else 's'}", err=True
+        )
+    if report["refused"]:
+        raise SystemExit(Exit.REFUSED)
+
+
+def retry_named(client: Client, task_ids: tuple[str, ...]) -> Iterator[Mapping[str, Any]]:
+    """Retry each of these; what one is refused for does not stop the others."""
+    from genpulse.client import ApiRefused
+
+    for task_id in dict.fromkeys(task_ids):
+        try:
+            made = client.retry(task_id)
+        except ApiRefused as error:
+            if error.status in {401, 403, 429}:  # the next one would hear the same
+                raise
+            refusal = {"task_id": task_id, "code": error.code, "detail": str(error)}
+            yield {"retried": [], "refused": [refusal]}
+        else:
+            yield {"retried": [{"retry_of": task_id, "task_id": made["task_id"]}], "refused": []}
+
+
+def retry_found(client: Client, filters: Mapping[str, Any], limit: int | None) -> Iterator[Mapping[str, Any]]:
+    """Retry what the filter finds, page by page."""
+    cursor: dict[str, Any] = {}
+    seen = 0
+    while limit is None or seen < limit:
+        size = RETRY_PAGE if limit is None else min(RETRY_PAGE, limit - seen)
+        page = client.retry_matching(**filters, **cursor, limit=size)
+        yield page
+        if not page["next_cursor"]:
+            return
+        cursor = {"cursor": page["next_cursor"]}
+        seen += size
+
+
+RETRY_PAGE = 200
+
+
+def show_retries(page: Mapping[str, Any]) -> None:
+    """What was done on standard output, what was refused on standard error."""
+    for pair in page["retried"]:
+        click.echo(" ".join(filter(None, (pair["retry_of"], pair["task_id"]))))
+    for refusal in page["refused"]:
+        click.echo(f"{refusal['task_id']}: {refusal['detail']} ({refusal['code']})", err=True)
+
+
+def instant(option: str, text: str) -> str:
+    """
+    A time as the API takes it, of ``2h`` (ago) or of an RFC 3339 text, which is for the API to judge.
+
+    Raises:
+        click.UsageError: Neither.
+    """
+    ago = re.fullmatch(r"(\d{1,6})([smhd])", text)
+    if ago:
+        seconds = int(ago[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[ago[2]]
+        return (dt.datetime.now(dt.UTC) - dt.timedelta(seconds=seconds)).isoformat()
+    if not re.match(r"\d{4}-\d\d-\d\d[Tt]", text):
+        msg = f"{option} {text}: expected a time like 2h, 7d or 2026-10-31T12:00:00Z"
+        raise click.UsageError(msg)
+    return text
 
 
 @contextmanager

@@ -126,15 +126,40 @@ class Client:
             ApiUnreachable: No answer to any try. The task may have been recorded.
         """
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-        for left in reversed(range(tries)):
-            try:
-                return self._json("POST", "/task", json=dict(body), headers=headers)
-            except ApiUnreachable:
-                if not left:
-                    raise
-                time.sleep(0.5)
-        msg = "tries must be at least 1"
-        raise ValueError(msg)
+        return self._insist(tries, "POST", "/task", json=dict(body), headers=headers)
+
+    def retry(self, task_id: str, *, idempotency_key: str | None = None, tries: int = 3) -> dict[str, Any]:
+        """
+        Send a final task again, as a new one (``POST /task/{id}/retry``).
+
+        Returns:
+            As :meth:`submit`, with ``retry_of``.
+
+        Raises:
+            ApiRefused: No such task; not final; or a file that it needs is gone.
+            ApiUnreachable: No answer to any try. The retry may have been recorded.
+        """
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return self._insist(tries, "POST", f"/task/{task_id}/retry", headers=headers)
+
+    def retry_matching(self, tries: int = 3, **filters: Any) -> dict[str, Any]:
+        """
+        Send final tasks again by filter (``POST /task/retry``), one page of them.
+
+        Repeated safely after a lost answer: what was retried is not retried again.
+
+        Args:
+            filters: As the contract has them: ``status``, ``error_code``, ``dry_run``, …
+
+        Returns:
+            ``retried``, ``refused`` and ``next_cursor``.
+        """
+        return self._insist(tries, "POST", "/task/retry", json=filters)
+
+    def delete(self, task_id: str) -> None:
+        """Delete a final task and its outputs."""
+        with self._ask("DELETE", f"{self.url}/task/{task_id}") as answer:
+            _raise_for_problem(answer, (204,))
 
     def task(self, task_id: str, *, wait_s: float = 0) -> dict[str, Any]:
         """The task as it is now, or after at most *wait_s* seconds if it is not final earlier."""
@@ -251,6 +276,18 @@ class Client:
             if "/task/" in path
             else urljoin(self.url + "/", path.lstrip("/"))
         )
+
+    def _insist(self, tries: int, method: str, path: str, **request: Any) -> dict[str, Any]:
+        """Ask again where no answer came; only for what may be asked twice."""
+        for left in reversed(range(tries)):
+            try:
+                return self._json(method, path, **request)
+            except ApiUnreachable:
+                if not left:
+                    raise
+                time.sleep(0.5)
+        msg = "tries must be at least 1"
+        raise ValueError(msg)
 
     @contextlib.contextmanager
     def _bytes(self, url: str) -> Iterator[Iterator[bytes]]:

@@ -184,6 +184,11 @@ class WorkerBackground(Background):
                 gone = seen.is_over
                 if seen.place is Place.RUNNING:
                     self._mind_disobedience(stray)
+                elif seen.place is Place.FINISHED:
+                    with contextlib.suppress(
+                        ComfyUnavailable
+                    ):  # what is left of it in the history; a courtesy
+                        client.forget(stray.prompt_id)
             if gone:
                 self._disobeys_since.pop(stray.prompt_id, None)
                 log.info("stray_gone", server=stray.server, prompt_id=stray.prompt_id, task_id=stray.task_id)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import functools
 import hashlib
 import io
 import mimetypes
@@ -379,6 +380,8 @@ class _Render:
 
     def _judge(self, entry: HistoryEntry) -> None:
         """Raise what the history says went wrong."""
+        if entry.status != "success":
+            self.context.after_win(functools.partial(self.client.forget, self.prompt_id))
         try:
             entry.raise_for_status()
         except ExecutionInterrupted:

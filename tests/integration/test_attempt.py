@@ -17,10 +17,12 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import requests
 
 from genpulse.config import Settings
 from genpulse.ledger import Ledger
 from genpulse.ledger import tables as t
+from genpulse.live import Live
 from genpulse.model import Claim, Task, TaskStatus
 from genpulse.storage import LocalStorage
 from genpulse.tasks import render, runner, wiring
@@ -327,6 +329,36 @@ def test_an_error_is_judged_once_and_never_adopted(
     assert hire(ledger).run(task) == "completed"
     assert len(set(prompts(ledger, task))) == 2
     assert outcomes(ledger, task) == ["retry", "completed"]
+
+
+def test_a_server_forgets_the_prompt_of_a_failed_task(
+    ledger: Ledger, simulator: Simulator, hire: Callable[..., Child]
+) -> None:
+    """Its history would keep the whole workflow, and nobody looks there again. Nothing was stored, either."""
+    task = order(ledger, simple())
+    simulator.faults(fail_next="exception")
+    assert hire(ledger).run(task) == "failed"
+
+    (prompt_id,) = prompts(ledger, task)
+    assert requests.get(f"{simulator.url}/history/{prompt_id}", timeout=5).json() == {}
+    assert rows(ledger, t.removals) == []
+
+
+def test_how_far_a_canceled_task_came_is_kept(
+    ledger: Ledger, simulator: Simulator, hire: Callable[..., Child], valkey_url: str
+) -> None:
+    """In the attempt's row, by its last write: Redis forgets."""
+    task = order(ledger, sleeping(30.0))
+    child, live = hire(ledger), Live(valkey_url)
+    child.start(task)
+    told = wait_until(lambda: (live.progress(task.id) or {}).get("percent"))
+    live.close()
+    ledger.cancel(task.id)
+
+    assert child.end() == "canceled"
+    (attempt,) = done(ledger, task).attempts
+    assert attempt.progress is not None
+    assert told <= attempt.progress <= 100
 
 
 def test_nothing_is_completed_before_all_of_it_is_stored(

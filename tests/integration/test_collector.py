@@ -359,6 +359,7 @@ def test_shared_bytes_go_with_the_last_asset(ledger: Ledger, storage: LocalStora
 
     assert collect(ledger, storage, days=2).assets == 1
     assert keys(storage) == {second.key}
+    assert rows(ledger, t.removals) == []
     age(ledger, t.assets, 3 * DAY_S)
     assert collect(ledger, storage, days=2).assets == 1
     assert keys(storage) == set()

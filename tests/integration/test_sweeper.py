@@ -17,6 +17,7 @@ from genpulse.config import Settings
 from genpulse.errors import LedgerUnavailable
 from genpulse.ledger import Ledger, ProcessSession
 from genpulse.ledger import tables as t
+from genpulse.live import Live
 from genpulse.model import Claim, TaskStatus
 from genpulse.tasks import queues
 from genpulse.tasks.producer import Producer, RunwayView
@@ -25,7 +26,7 @@ from genpulse.tasks.sweeper import OVERDUE_S, Sweeper, Swept
 from genpulse.testing import services
 from genpulse.testing.services import FaultProxy
 from tests.support import wait_until
-from tests.support.ledger import at_once, claim, open_ledger, prompt, row_of, run_sql, submit
+from tests.support.ledger import at_once, claim, open_ledger, prompt, row_of, rows, run_sql, submit
 
 LEASE_S, BEAT_S = 1.2, 0.3
 
@@ -46,7 +47,7 @@ def make_sweeper(valkey_url: str) -> Iterator[Callable[..., Sweeper]]:
             settings = Settings.build(redis_url=redis_url, lease_s=lease_s, beat_s=lease_s / 4)
             client = stack.enter_context(redis.Redis.from_url(redis_url, socket_timeout=0.5))
             relay = Relay(ledger, Producer(settings, timeout_s=0.5))
-            return Sweeper(settings, ledger, relay, RunwayView(client))
+            return Sweeper(settings, ledger, relay, RunwayView(client), Live(redis_url))
 
         yield make
 
@@ -101,6 +102,27 @@ def test_a_lease_that_ran_out_is_taken_back(ledger: Ledger, make_sweeper: Callab
 
         assert status(ledger, held) == TaskStatus.PENDING
         assert not ledger.still_held(held.fence)
+
+
+def test_how_far_a_lost_attempt_came_is_kept(
+    ledger: Ledger, make_sweeper: Callable[..., Sweeper], valkey_url: str
+) -> None:
+    """Its worker cannot tell any more; Redis can, for the while that it knows. Of another attempt it says nothing."""
+    live = Live(valkey_url)
+    with worker(ledger) as session:
+        sweeper = make_sweeper(ledger)
+        told, older = (hold(ledger, session.key, lease_s=LEASE_S) for _ in range(2))
+        live.publish_progress(told.task.id, 1, 41.5, {})
+        live.publish_progress(older.task.id, 7, 99.0, {})
+        steady(sweeper)
+
+        reaped = 0
+        while reaped < 2:  # by the test's own time limit
+            reaped += sweeper.sweep().reaped
+
+    live.close()
+    progress = {row["task_id"]: row["progress"] for row in rows(ledger, t.attempts)}
+    assert progress == {told.task.id: 41.5, older.task.id: None}
 
 
 def test_a_dead_process_is_known_after_three_missed_beats(
