@@ -92,7 +92,9 @@ class Grid:
     def locate(self, index: int, pointer: str) -> str:
         """Which value of the grid, or else what in the template, a place in a request comes from."""
         for name, (field, key) in self._places.items():
-            place = f"/params/{_escape(field)}" + ("" if key is None else f"/{_escape(key)}")
+            place = f"/params/{_escape(field)}"
+            if key is not None and (field in self._template["params"] or len(pointer) > len(place)):
+                place += f"/{_escape(key)}"
             if pointer == place or pointer.startswith(place + "/"):
                 return f"/grid/{_escape(name)}/{self._number(name, index)}{pointer.removeprefix(place)}"
         return f"/template{pointer}"

@@ -131,7 +131,7 @@ def validation_problem(error: ValidationError, *, place: str = "") -> Problem:
     """422 ``invalid_request`` from pydantic's report; never quotes the input back."""
     found = [
         (
-            _named(place, problem["loc"]) if place else pointer(problem["loc"]),
+            _named(place, _place(problem)) if place else pointer(_place(problem)),
             # Pydantic would name our class.
             "must be a JSON object"
             if problem["type"] == "model_type"
@@ -142,6 +142,12 @@ def validation_problem(error: ValidationError, *, place: str = "") -> Problem:
     where, what = found[0]
     more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
     return Problem(422, "invalid_request", f"{where or 'body'}: {what}{more}", errors=found)
+
+
+def _place(problem: Mapping[str, Any]) -> tuple[str | int, ...]:
+    """Where pydantic found it; of a key that is wrong it says so in a part of its own, which is no place."""
+    parts: tuple[str | int, ...] = problem["loc"]
+    return parts[:-1] if parts[-1:] == ("[key]",) else parts
 
 
 def _named(place: str, parts: Sequence[str | int]) -> str:
