@@ -78,7 +78,7 @@ class Retiring(Dispatching):
         """
         Delete final tasks that ended so long ago, the oldest first, in a bounded transaction.
 
-        One whose outputs a living task needs stays for as long.
+        One whose outputs a living task needs, or whose webhook is still to be delivered, stays for as long.
 
         Returns:
             How many; fewer than *limit* means that this was all.
@@ -88,9 +88,11 @@ class Retiring(Dispatching):
         old = (task.completed_at.is_not(None), task.completed_at <= after(-older_than_s))
         if not self._any(sa.select(task.id).where(*old)):
             return 0
+        delivery = t.webhook_deliveries.c
+        untold = sa.exists().where(delivery.task_id == task.id, delivery.status == "pending")
         chosen = (
             sa.select(task.id)
-            .where(*old, ~_needed(task.id, by_living=True))
+            .where(*old, ~_needed(task.id, by_living=True), ~untold)
             .order_by(task.completed_at)
             .limit(limit)
             .with_for_update(skip_locked=True)

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from genpulse import __version__
 from genpulse.errors import LedgerUnavailable, ObjectNotFound
-from genpulse.ledger import IdempotencyConflict
+from genpulse.ledger import IdempotencyConflict, SourceGone
 from genpulse.model import Output, Task, TaskStatus
 from genpulse.storage import InvalidKey, check_key
 from genpulse.tasks import queues
@@ -31,7 +31,7 @@ from genpulse.web.answers import with_etag as _with_etag
 from genpulse.web.bodies import read_upload
 from genpulse.web.contract import Contract, Routes, answer, bytes_answer, empty_answer
 from genpulse.web.files import send_stored
-from genpulse.web.problems import Problem
+from genpulse.web.problems import Problem, unavailable
 from genpulse.web.service import service
 from genpulse.web.waiting import wait_reason
 
@@ -409,15 +409,18 @@ def upload_asset() -> Response:
             here.storage.upload_file(
                 key, upload.stream, content_type=upload.content_type, filename=upload.name
             )
-            asset = here.ledger.add_asset(
-                asset_id=asset_id,
-                owner=owner,
-                key=key,
-                name=upload.name,
-                content_type=upload.content_type,
-                size_bytes=upload.size_bytes,
-                sha256=upload.sha256,
-            )
+            try:
+                asset = here.ledger.add_asset(
+                    asset_id=asset_id,
+                    owner=owner,
+                    key=key,
+                    name=upload.name,
+                    content_type=upload.content_type,
+                    size_bytes=upload.size_bytes,
+                    sha256=upload.sha256,
+                )
+            except SourceGone:
+                raise unavailable("The storage took too long to take the file; send it again.") from None
         elif not _is_stored(asset.key):  # somebody took the bytes away; here they are again
             here.storage.upload_file(
                 asset.key, upload.stream, content_type=upload.content_type, filename=upload.name

@@ -293,6 +293,21 @@ def test_a_task_whose_output_is_needed_stays_until_its_user_is_final(
     assert keys(storage) == set()
 
 
+def test_a_task_whose_webhook_waits_stays_until_it_is_told(ledger: Ledger, storage: LocalStorage) -> None:
+    """The schedule may be longer than the retention; a task that its owner deletes tells nobody."""
+    told, deleted = (submit(ledger, callback_url="https://example.org/hook") for _ in range(2))
+    for task in (told, deleted):
+        complete(ledger, storage, task)
+    age(ledger, t.tasks, 3 * DAY_S)
+
+    assert collect(ledger, storage, days=2).tasks == 0
+    assert ledger.delete_task(deleted.id) is COMPLETED
+    assert {row["task_id"] for row in rows(ledger, t.webhook_deliveries)} == {told.id}
+    run_sql(ledger, sa.update(t.webhook_deliveries).values(status="delivered", next_at=None))
+    assert collect(ledger, storage, days=2).tasks == 1
+    assert rows(ledger, t.webhook_deliveries) == []
+
+
 def test_a_retry_forgets_what_it_was_a_retry_of(ledger: Ledger, storage: LocalStorage) -> None:
     """No link leads to a task that is gone."""
     old = complete(ledger, storage)
