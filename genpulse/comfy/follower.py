@@ -62,6 +62,8 @@ DEAF_S = 2.0
 """A prompt runs this long and the open socket has said nothing about it: open it again."""
 QUIET_S = 3.0
 """A prompt runs and the socket, heard before, is quiet this long: open it again, and double it."""
+FROZEN_S = 5.0
+"""Two looks, usually 0.2 s apart, that lie further apart: this process did not run in between."""
 FRAMES_GRACE_S = 3.0
 """The history has the end: how long a quiet socket may still owe frames that exist nowhere else."""
 MAX_LAG_S = 60.0
@@ -264,9 +266,17 @@ class _Watch:
                 # The history may lack it for a moment yet; the last message usually follows in 1 ms.
                 poller.look_soon(0.05)
         now = time.monotonic()
-        if self._heard_at is not None and not self._reader.connected:
+        away_s = now - self._heard_checked_at
+        if away_s > FROZEN_S:
+            # This process was stopped, and nobody listened: no clock has run. What the first sockets
+            # and polls after a thaw say is as old as the freeze.
+            self._running_since, self._head_since, self._failing_since = (
+                None if since is None else since + away_s
+                for since in (self._running_since, self._head_since, self._failing_since)
+            )
+        if self._heard_at is not None and (away_s > FROZEN_S or not self._reader.connected):
             # Nothing can be heard meanwhile: the stall clock stands still.
-            self._heard_at += now - self._heard_checked_at
+            self._heard_at = min(now, self._heard_at + away_s)
         self._heard_checked_at = now
 
     def _note(self, event: Event, generation: int) -> None:

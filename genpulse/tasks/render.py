@@ -339,6 +339,7 @@ class _Render:
         except (LeaseLost, Draining):
             raise  # the prompt is another's now, or the next worker's
         except ServerStalled as error:
+            context.confirm()  # a process that was frozen for long has heard nothing, and may have lost the prompt
             context.pool.mark_bad(self.server, "no progress", stuck_on=error.stuck_on)
             if waits:
                 return self._withdraw(follower)

@@ -135,7 +135,7 @@ def hire(simulator: Simulator, valkey_url: str, tmp_path: Path) -> Iterator[Call
     """Make children that serve the simulator."""
     hired: list[Child] = []
 
-    def make(ledger: Ledger | str, **options: Any) -> Child:
+    def make(ledger: Ledger | str, *, limits: dict[str, Any] | None = None, **options: Any) -> Child:
         url = ledger if isinstance(ledger, str) else ledger.engine.url.render_as_string(hide_password=False)
         settings = Settings.build(
             data_dir=tmp_path / "data",
@@ -144,6 +144,7 @@ def hire(simulator: Simulator, valkey_url: str, tmp_path: Path) -> Iterator[Call
             comfy_urls=f"{SERVER}={simulator.url}",
             beat_s=0.1,
             drain_s=0.0,
+            **(limits or {}),
         )
         hired.append(Child(settings, f"child-{len(hired)}", **options))
         return hired[-1]
@@ -225,6 +226,25 @@ def test_whoever_lost_its_lease_leaves_the_prompt_to_the_next(
     assert second.end() == "completed"
     assert logged(simulator, "started") == prompts(ledger, task)[:1]
     assert len(set(prompts(ledger, task))) == 1
+    assert logged(simulator, "interrupted") == []
+    assert outcomes(ledger, task) == ["lost", "completed"]
+
+
+def test_whoever_thaws_and_sees_a_stall_leaves_the_prompt_to_its_adopter(
+    ledger: Ledger, simulator: Simulator, hire: Callable[..., Child]
+) -> None:
+    """A frozen child was told nothing: it asks for its lease before it stops what it takes for stuck."""
+    task = order(ledger, simple())
+    frozen = hire(ledger, beats=False, limits={"stall_s": 1, "lease_s": 2})
+    start_held(simulator, frozen, task)
+    take_away(ledger, task)
+    assert frozen.end() == "lost"
+
+    second = hire(ledger)
+    second.start(task)
+    simulator.faults(stall=False)
+
+    assert second.end() == "completed"
     assert logged(simulator, "interrupted") == []
     assert outcomes(ledger, task) == ["lost", "completed"]
 

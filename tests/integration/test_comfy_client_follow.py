@@ -108,6 +108,8 @@ class Run:
         self.ended_at = 0.0
         self.checks: list[float] = []
         self.abandon: Exception | None = None
+        self.freeze_s = 0.0
+        """Stops the follower's thread for so long, once."""
         self._workflow = workflow
         self._options = {name: options.pop(name) for name in ("socket_nodes", "previews") if name in options}
         self._follow = options
@@ -118,6 +120,9 @@ class Run:
 
     def _check(self) -> None:
         self.checks.append(time.monotonic())
+        if self.freeze_s:
+            time.sleep(self.freeze_s)
+            self.freeze_s = 0.0
         if self.abandon is not None:
             raise self.abandon
 
@@ -508,6 +513,21 @@ class TestServersThatFail:
             run.end()
         assert 4.0 < time.monotonic() - began < 8.0
         simulator.faults(stall=False)
+
+    def test_a_freeze_of_the_follower_is_no_stall(
+        self, simulator: Simulator, client: ComfyClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """While this process was stopped nobody listened: silence then says nothing about the server."""
+        monkeypatch.setattr(follower, "FROZEN_S", 1.0)
+        run = Run(client, sleeper(1.0, steps=4), stall_s=2.5)
+        run.wait_for(lambda: len(run.heard_of(events.Progress)) > 0)
+        simulator.faults(stall=True)
+        run.freeze_s = 3.0
+        run.wait_for(lambda: run.freeze_s == 0)
+        time.sleep(0.5)
+        simulator.faults(stall=False)
+
+        assert run.end().entry.status == "success"
 
     def test_waiting_in_the_line_is_no_stall(self, client: ComfyClient) -> None:
         """The stall clock starts with the first event of this prompt; the line may take longer."""
