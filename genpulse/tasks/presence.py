@@ -65,6 +65,7 @@ class WorkerBackground(Background):
         self._pool: ServerPool = open_pool(settings)
         self._session = ProcessSession(self.ledger, settings.direct_url_if_any)
         self._paused: set[str] = set()
+        self._slots = 1
         self._disobeys_since: dict[str, float] = {}
         self._queues_seen = RunwayView(redis_client(settings.redis_url.get_secret_value(), timeout_s=1.0))
         self._watch = ConsumerWatch(
@@ -106,11 +107,17 @@ class WorkerBackground(Background):
                 # A worker for other queues serves no server, whatever its settings name: a task that is
                 # bound to one would wait for it in vain.
                 servers=[state.as_dict() for state in self._pool.states()] if serves else [],
-                slots=int(self._consumer.pool.num_processes or 1),
+                slots=self._count_slots(),
                 consuming=consuming and not is_draining(),
                 session_key=self._session.key,
                 version=genpulse.__version__,
             )
+
+    def _count_slots(self) -> int:
+        """The children that Celery keeps; once its pool has ended, as many as there were."""
+        with contextlib.suppress(AttributeError):
+            self._slots = int(self._consumer.pool.num_processes or 1)
+        return self._slots
 
     def _queue_names(self) -> list[str]:
         consumed = {str(name) for name in self._consumer.app.amqp.queues.consume_from}
