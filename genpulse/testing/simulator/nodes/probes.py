@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -154,7 +155,11 @@ def sim_ui_object(_ctx: NodeContext, text: str) -> Outcome:
         "key": ("STRING", {"default": "gifs"}),
         "content": ("STRING", {"default": "simulated", "multiline": True}),
     },
-    optional={"kind": (["output", "temp"], {"default": "output"}), "seed": _SEED},
+    optional={
+        "kind": (["output", "temp"], {"default": "output"}),
+        "seed": _SEED,
+        "zeros": ("INT", {"default": 0, "min": 0, "max": 2**40}),
+    },
     output_node=True,
 )
 def sim_file(
@@ -165,12 +170,15 @@ def sim_file(
     content: str,
     kind: str = "output",
     seed: int = 0,
+    zeros: int = 0,
 ) -> Outcome:
-    """A file of any name and bytes under any key of the history, as custom nodes make them."""
+    """A file of any name, bytes and size under any key of the history, as custom nodes make them."""
     del seed
     place = ctx.files.save_path(filename_prefix, temp=kind == "temp")
     path = place.next_file(f".{extension}")
     path.write_bytes(content.encode())
+    if zeros:
+        os.truncate(path, path.stat().st_size + zeros)  # a hole: it takes no room on the disk
     ctx.written(path)
     return Outcome(ui={key: [server_file(path, place.subfolder, kind)]})
 
