@@ -340,10 +340,11 @@ def test_a_cancel_stops_the_prompt_on_its_server(
 def test_an_error_is_judged_once_and_never_adopted(
     ledger: Ledger, simulator: Simulator, hire: Callable[..., Child]
 ) -> None:
-    """The history still has the prompt that ran out of memory: the next attempt sends one of its own."""
+    """The history still has the prompt whose files are gone: the next attempt sends one of its own."""
     task = order(ledger, simple())
-    simulator.faults(fail_next="oom", fail_times=2)  # and once more after its memory was freed
+    simulator.faults(lose_outputs=True)
     assert hire(ledger).run(task) == "pending"
+    simulator.faults(lose_outputs=False)
     make_due(ledger)
 
     assert hire(ledger).run(task) == "completed"

@@ -231,7 +231,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         ),
         (
             LEDGER_TESTS + "test_somebody_elses_task_is_unknown",
-            "tests/integration/api/test_api_tasks.py::test_somebody_elses_task_is_unknown",
+            "tests/integration/api/test_two_owners.py::test_neither_owner_reaches_anything_of_the_other",
         ),
     ),
     # -- relay and sweeper --------------------------------------------------------------------
