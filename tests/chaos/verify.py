@@ -10,53 +10,32 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import json
-import statistics
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
-import redis
 import requests
 import sqlalchemy as sa
 from PIL import Image
 
-from genpulse.errors import LedgerUnavailable
 from genpulse.ledger import tables as t
-from genpulse.model import Attempt, Task, TaskStatus
-from genpulse.tasks import queues
+from genpulse.model import Attempt, AttemptOutcome, Task, TaskStatus
+from tests.chaos import audit
+from tests.chaos.evidence import Event, Evidence, Watcher, left_over
 from tests.chaos.load import Clients
-from tests.chaos.schedule import KINDS
-from tests.chaos.world import SERVED, Shot, World
+from tests.chaos.schedule import SERVED, Order
+from tests.chaos.world import World
 
-__all__ = [
-    "Evidence",
-    "Violation",
-    "Watcher",
-    "collect",
-    "histories",
-    "history",
-    "rest",
-    "summary",
-    "table",
-    "verify",
-]
+__all__ = ["Violation", "clock", "excuses", "renderings", "verify"]
 
 STOPPED_WITHIN_S = 8.0
 """How long a prompt may go on after its task became final, while its server could be reached."""
 SILENT_S = 9.0
-"""A ComfyUI server that answers nothing for so long may be given up."""
-_TAKEOVERS = frozenset(
-    {
-        "child killed", "worker killed", "child told to stop", "child frozen", "worker frozen",
-        "parent frozen", "deploy", "comfy killed", "comfy crashed",
-    }
-)  # fmt: skip
-_OUTAGES = frozenset({"valkey killed", "valkey wiped", "valkey silent", "valkey refused"})
-_LEDGER_OUTAGES = frozenset({"postgres killed", "postgres crashed"})
+"""A ComfyUI server that answers nobody for so long may be given up."""
+NOTICED_S = 3.0
+"""What a sweeper saw of the workers may be so old when it ends an attempt."""
 _ENDS = frozenset({"finished", "interrupted", "deleted"})
 
 
@@ -68,93 +47,20 @@ class Violation:
     task_id: str | None = None
 
 
-@dataclass(slots=True)
-class Evidence:
-    """Everything the checks look at, read once at rest."""
-
-    tasks: dict[str, Task]
-    events: list[dict[str, Any]]
-    """What the simulators wrote, in order of time."""
-    by_prompt: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: defaultdict(list))
-    owner: dict[str, str] = field(default_factory=dict)
-    """The task of each prompt."""
-
-
-class Watcher(threading.Thread):
-    """Notes every final state as soon as it is there, to compare it with the last one."""
-
-    def __init__(self, world: World) -> None:
-        super().__init__(daemon=True)
-        self._world = world
-        self._stopping = threading.Event()
-        self.first_seen: dict[str, tuple[str, Any]] = {}
-
-    def run(self) -> None:
-        """Look once a second."""
-        while not self._stopping.wait(1.0):
-            try:
-                found = finals(self._world)
-            except sa.exc.SQLAlchemyError:
-                continue
-            for task_id, state in found.items():
-                self.first_seen.setdefault(task_id, state)
-
-    def stop(self) -> None:
-        """No more looks."""
-        self._stopping.set()
-        self.join()
-
-
-def finals(world: World) -> dict[str, tuple[str, Any]]:
-    """State and time of everything that is final."""
-    query = sa.select(t.tasks.c.id, t.tasks.c.status, t.tasks.c.completed_at).where(
-        t.tasks.c.completed_at.is_not(None)
-    )
-    with world.ledger.engine.connect() as connection:
-        return {str(row[0]): (str(row[1]), row[2]) for row in connection.execute(query).all()}
-
-
-def rest(world: World, timeout_s: float) -> bool:
-    """Wait until nothing is left to do."""
-    ends = time.monotonic() + timeout_s
-    while time.monotonic() < ends:
-        try:
-            left = _left_over(world)
-        except (sa.exc.SQLAlchemyError, LedgerUnavailable, redis.RedisError):
-            left = ["an outage"]
-        if not left:
-            return True
-        time.sleep(0.5)
-    return False
-
-
-def collect(world: World) -> Evidence:
-    """Read the ledger and the simulators' logs."""
-    with world.ledger.engine.connect() as connection:
-        ids = [str(row) for row in connection.execute(sa.select(t.tasks.c.id)).scalars()]
-    tasks = {task_id: task for task_id in ids if (task := world.ledger.get(task_id)) is not None}
-    found = Evidence(tasks, world.cluster.executions())
-    for event in found.events:
-        if event.get("prompt_id") is not None:
-            found.by_prompt[event["prompt_id"]].append(event)
-    for task in tasks.values():
-        for attempt in task.attempts:
-            if attempt.prompt_id is not None:
-                found.owner[attempt.prompt_id] = task.id
-    return found
-
-
 def verify(world: World, clients: Clients, watcher: Watcher, seen: Evidence) -> list[Violation]:
     """All checks."""
     return [
         *(Violation(text) for text in (*clients.trouble, *world.complaints)),
         *_accepted(clients, seen),
         *_unchanged(watcher, seen),
+        *(Violation(text, task_id) for task_id, text in audit.wrong(audit.read(world.ledger.engine))),
+        *_attempts(seen),
         *_outputs(world, clients, seen),
-        *_renderings(world, seen),
+        *_stored(world, seen),
+        *_rendered(world, clients, seen),
         *_stopped(world, seen),
         *(Violation(f"the kind of fault {kind!r} was fired and hit nothing") for kind in _missed(world)),
-        *(Violation(f"at rest there is still {text}") for text in _left_over(world)),
+        *(Violation(f"at rest there is still {text}") for text in left_over(world)),
     ]
 
 
@@ -165,7 +71,7 @@ def _missed(world: World) -> set[str]:
 
 
 def _accepted(clients: Clients, seen: Evidence) -> Iterator[Violation]:
-    """Every 202 is one task, and every task has a final state."""
+    """Every 202 is one task, and every task has the final state that it should."""
     for task_id in clients.accepted:
         if task_id not in seen.tasks:
             yield Violation(f"accepted and not in the ledger: {task_id}")
@@ -175,15 +81,18 @@ def _accepted(clients: Clients, seen: Evidence) -> Iterator[Violation]:
     if len(seen.tasks) > len(orders) + len(clients.given_up):
         yield Violation(f"{len(seen.tasks)} tasks in the ledger of {len(orders)} orders")
     for task in seen.tasks.values():
+        order = clients.accepted.get(task.id)
+        fails = order is not None and order.form == "failing"
         if not task.status.is_final:
             yield Violation(f"never became final: {task.status}", task.id)
         elif task.status is TaskStatus.FAILED:
-            yield Violation(f"failed: {task.error}", task.id)
-        elif task.status is TaskStatus.CANCELED and task.cancel_requested_at is None:
-            yield Violation("canceled, and nobody asked for it", task.id)
-        open_ones = [attempt.number for attempt in task.attempts if attempt.ended_at is None]
-        if task.status.is_final and open_ones:
-            yield Violation(f"final with open attempts {open_ones}", task.id)
+            if not fails or task.error is None or task.error.code != "node_error":
+                yield Violation(f"failed: {task.error}", task.id)
+        elif task.status is TaskStatus.CANCELED:
+            if task.cancel_requested_at is None:
+                yield Violation("canceled, and nobody asked for it", task.id)
+        elif fails:
+            yield Violation("completed, although a node of it raises", task.id)
 
 
 def _unchanged(watcher: Watcher, seen: Evidence) -> Iterator[Violation]:
@@ -193,29 +102,55 @@ def _unchanged(watcher: Watcher, seen: Evidence) -> Iterator[Violation]:
             yield Violation(f"was {status} at {at} and is no more", task_id)
 
 
+def _attempts(seen: Evidence) -> Iterator[Violation]:
+    """Attempts are numbered without a gap, never overlap, and only the last one ended the task."""
+    finals = {AttemptOutcome.COMPLETED, AttemptOutcome.FAILED, AttemptOutcome.CANCELED}
+    for task in seen.tasks.values():
+        if [each.number for each in task.attempts] != list(range(1, task.attempt + 1)):
+            yield Violation(f"attempts {[each.number for each in task.attempts]} of {task.attempt}", task.id)
+        for each, following in itertools.pairwise(task.attempts):
+            if each.ended_at is None or each.ended_at > following.started_at:
+                yield Violation(f"attempt {following.number} began before {each.number} had ended", task.id)
+            if each.outcome in finals:
+                yield Violation(f"attempt {each.number} ended the task, and another followed", task.id)
+        last = task.attempts[-1] if task.attempts else None
+        if last is not None and task.status.is_final and last.ended_at is None:
+            yield Violation(f"final with attempt {last.number} open", task.id)
+        if task.status is TaskStatus.COMPLETED and (
+            last is None or last.outcome is not AttemptOutcome.COMPLETED
+        ):
+            yield Violation("completed, but not by its last attempt", task.id)
+
+
 def _outputs(world: World, clients: Clients, seen: Evidence) -> Iterator[Violation]:
     """Completed means: its own picture, stored as the row says."""
-    for task_id, order in clients.accepted.items():
-        task = seen.tasks.get(task_id)
-        if task is None or task.status is not TaskStatus.COMPLETED:
-            if task is not None and task.outputs:
-                yield Violation(f"{task.status} with outputs", task_id)
-            continue
-        if len(task.outputs) != 1:
-            yield Violation(f"completed with {len(task.outputs)} outputs", task_id)
-        for output in task.outputs:
-            if not output.key.startswith(f"outputs/{task_id}/{task.attempt}/"):
-                yield Violation(f"output {output.key} is of another attempt than {task.attempt}", task_id)
-            answer = requests.get(f"{world.cluster.url}/task/{task_id}/outputs/{output.index}", timeout=10)
-            data = answer.content
-            if answer.status_code != requests.codes.ok:
-                yield Violation(f"output {output.index}: {answer.status_code}", task_id)
-            elif hashlib.sha256(data).hexdigest() != output.sha256 or len(data) != output.size_bytes:
-                yield Violation(f"output {output.index} differs from its digest", task_id)
-            else:
-                color = _color_of(data)
-                if color != order.color:
-                    yield Violation(f"asked for color {order.color:06x}, got {color:06x}", task_id)
+    with requests.Session() as http:
+        for task_id, order in clients.accepted.items():
+            task = seen.tasks.get(task_id)
+            if task is None:
+                continue
+            if task.status is not TaskStatus.COMPLETED:
+                if task.outputs:
+                    yield Violation(f"{task.status} with outputs", task_id)
+                continue
+            if len(task.outputs) != 1:
+                yield Violation(f"completed with {len(task.outputs)} outputs", task_id)
+            for problem in _bad_outputs(http, world.cluster.url, task, order):
+                yield Violation(problem, task_id)
+
+
+def _bad_outputs(http: requests.Session, url: str, task: Task, order: Order) -> Iterator[str]:
+    for output in task.outputs:
+        if not output.key.startswith(f"outputs/{task.id}/{task.attempt}/"):
+            yield f"output {output.key} is of another attempt than {task.attempt}"
+        answer = http.get(f"{url}/task/{task.id}/outputs/{output.index}", timeout=10)
+        data = answer.content
+        if answer.status_code != requests.codes.ok:
+            yield f"output {output.index}: {answer.status_code}"
+        elif hashlib.sha256(data).hexdigest() != output.sha256 or len(data) != output.size_bytes:
+            yield f"output {output.index} differs from its digest"
+        elif (color := _color_of(data)) != order.color:
+            yield f"asked for color {order.color:06x}, got {color:06x}"
 
 
 def _color_of(picture: bytes) -> int:
@@ -228,31 +163,60 @@ def _color_of(picture: bytes) -> int:
     return int(red) << 16 | int(green) << 8 | int(blue)
 
 
+def _stored(world: World, seen: Evidence) -> Iterator[Violation]:
+    """Every object has a row, or is what an ended attempt that did not complete left behind."""
+    root: Path = world.cluster.settings.assets_dir
+    with world.ledger.engine.connect() as connection:
+        known = set(connection.execute(sa.select(t.outputs.c.key)).scalars())
+    for path in root.rglob("*"):
+        key = path.relative_to(root).as_posix()
+        if not path.is_file() or key.startswith(".genpulse/") or key in known:
+            continue
+        parts = key.split("/")
+        task = seen.tasks.get(parts[1]) if len(parts) == 4 and parts[0] == "outputs" else None
+        if task is None or not any(
+            str(each.number) == parts[2] and each.ended_at and each.outcome is not AttemptOutcome.COMPLETED
+            for each in task.attempts
+        ):
+            yield Violation(f"the stored object {key} has no row, and no ended attempt that left it")
+
+
 # -- rendered twice -------------------------------------------------------------------------------
 
 
-def _renderings(world: World, seen: Evidence) -> Iterator[Violation]:
+def _rendered(world: World, clients: Clients, seen: Evidence) -> Iterator[Violation]:
     """Every rendering after a task's first has an allowed reason; nothing is rendered for nobody."""
     for event in seen.events:
-        if event["event"] == "started" and event["prompt_id"] not in seen.owner:
-            yield Violation(f"prompt {event['prompt_id']} was rendered on {event['server']} for no attempt")
-    for task_id, events in _starts(seen).items():
+        prompt_id = event.get("prompt_id")
+        if event["event"] != "started" or prompt_id in seen.followers:
+            continue
+        # After running out of memory an attempt tries once more, with a prompt of a new id.
+        if prompt_id not in seen.owner or not _ended_in_error(seen, event):
+            yield Violation(f"prompt {prompt_id} was rendered on {event['server']} for no attempt")
+    for first, second, reason in excuses(world, clients, seen):
+        if reason is None:
+            yield Violation(
+                f"rendered on {first['server']} at {clock(first['t'])} and again on "
+                f"{second['server']} at {clock(second['t'])}, for no allowed reason",
+                seen.owner[first["prompt_id"]],
+            )
+
+
+def excuses(world: World, clients: Clients, seen: Evidence) -> Iterator[tuple[Event, Event, str | None]]:
+    """Each rendering that another one followed, that one, and the reason; ``None``: there is none."""
+    for task_id, events in renderings(seen).items():
+        order = clients.accepted.get(task_id)
         for first, second in itertools.pairwise(events):
-            if _excuse(world, seen, first, second) is None:
-                yield Violation(
-                    f"rendered on {first['server']} at {_clock(first['t'])} and again on "
-                    f"{second['server']} at {_clock(second['t'])}, for no allowed reason",
-                    task_id,
-                )
+            yield first, second, _excuse(world, seen, order, first, second)
 
 
-def _starts(seen: Evidence) -> dict[str, list[dict[str, Any]]]:
+def renderings(seen: Evidence) -> dict[str, list[Event]]:
     """
     The renderings of each task, each with ``sent``, when its prompt was first submitted; in that order.
 
     A prompt that waited on a frozen server may start after its successor on another one.
     """
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    found: dict[str, list[Event]] = defaultdict(list)
     for event in seen.events:
         if event["event"] == "started" and event["prompt_id"] in seen.owner:
             sent = float(seen.by_prompt[event["prompt_id"]][0]["t"])
@@ -260,30 +224,109 @@ def _starts(seen: Evidence) -> dict[str, list[dict[str, Any]]]:
     return {task_id: sorted(events, key=lambda event: event["sent"]) for task_id, events in found.items()}
 
 
-def _excuse(world: World, seen: Evidence, first: dict[str, Any], second: dict[str, Any]) -> str | None:
+def _excuse(world: World, seen: Evidence, order: Order | None, first: Event, second: Event) -> str | None:
     """Why what *first* started had to be rendered again as *second*; ``None``: it had not."""
-    server, began, again = str(first["server"]), first["sent"], second["sent"]
+    server, began, again = str(first["server"]), float(first["sent"]), float(second["sent"])
     if any(began <= at <= again for at in world.deaths[server]):
-        return "its server died"
-    if any(
-        end - start >= SILENT_S and start <= again and began <= end for start, end in world.silences[server]
-    ):
-        return "its server was silent for long"
-    for event in seen.by_prompt[first["prompt_id"]]:
-        if event["event"] == "finished" and event.get("status") == "error":
-            return "it ended in an error"
-    if _unreachable(world, server, began, again):
-        return "no live worker reached its server"
+        return "its server had died and forgotten it"
+    for start, end in world.stalls[server]:
+        if min(end, again) - max(start, began) >= world.stall_s - 1:
+            return "it made no progress beyond the limit"
+    for shot in world.shots:
+        if (
+            shot.fault.kind == "out of memory"
+            and any(hit.prompt_id == first["prompt_id"] for hit in shot.hits)
+            and _ended_in_error(seen, first)
+        ):
+            return "it had run out of memory"
+    last = next(reversed(seen.followers[first["prompt_id"]]), None)
+    if order is not None and order.form == "socket" and last is not None and _broke_socket(last):
+        return "its pictures were on the socket alone"
+    return _unreachable_for(world, server, last, began, again)
+
+
+def _ended_in_error(seen: Evidence, first: Event) -> bool:
+    return any(
+        event["event"] == "finished" and event.get("status") == "error"
+        for event in seen.by_prompt[first["prompt_id"]]
+    )
+
+
+def _broke_socket(last: Attempt) -> bool:
+    """Whether the attempt ended so that its socket ended with it, or says itself that pictures are missing."""
+    if last.outcome in {AttemptOutcome.LOST, AttemptOutcome.HANDED_BACK}:
+        return True
+    return last.error is not None and "socket" in last.error.message
+
+
+def _unreachable_for(
+    world: World, server: str, last: Attempt | None, began: float, again: float
+) -> str | None:
+    """Whether no live worker could reach *server* when the next rendering was decided, and how."""
+    since = began
+    if last is not None and last.ended_at is not None:
+        before_s = NOTICED_S if last.outcome in {AttemptOutcome.LOST, AttemptOutcome.HANDED_BACK} else 15.0
+        since = max(began, last.ended_at.timestamp() - before_s)
+    for start, end, why in _unreachable(world, server):
+        overlap_s = min(end, again) - max(start, since)
+        if overlap_s < 0:
+            continue
+        if why == "refused":
+            return "its server refused every live worker"
+        silent_s = min(end, again) - start
+        if why == "silent" and silent_s >= SILENT_S:
+            return "its server was silent for long to every live worker"
+        handed_back = last is not None and last.outcome is AttemptOutcome.HANDED_BACK
+        if why == "alone" and (not handed_back or silent_s >= world.cluster.settings.adopt_wait_s):
+            return "no live worker served its server"
     return None
 
 
-def _unreachable(world: World, server: str, since: float, until: float) -> bool:
-    """Whether there was a moment at which every worker of *server* was away."""
-    spans = [world.down[name] for name, served in SERVED.items() if server in served]
-    moments = [max(since, start) for each in spans for start, _ in each if start <= until]
-    return any(
-        all(any(start <= moment <= end for start, end in each) for each in spans) for moment in moments
-    )
+def _unreachable(world: World, server: str) -> Iterator[tuple[float, float, str]]:
+    """
+    The times in which no live worker reached *server*, and why.
+
+    ``alone``: no worker that serves it lived. ``refused``: those that lived were refused. ``silent``:
+    nothing came back, from the server or the network.
+    """
+    workers = [name for name, served in SERVED.items() if server in served]
+    edges = {at for span in world.silences[server] for at in span}
+    for name in workers:
+        edges |= {at for span in world.down[name] for at in span}
+        edges |= {at for block in world.blocks[name, server] for at in (block.start, block.end)}
+    open_since: tuple[float, str] | None = None
+    for start, end in itertools.pairwise(sorted(edges)):
+        why = _why(world, server, workers, start)
+        if open_since is not None and open_since[1] != why:
+            yield open_since[0], start, open_since[1]
+            open_since = None
+        if why is not None and open_since is None:
+            open_since = (start, why)
+        if open_since is not None and end == max(edges):
+            yield open_since[0], end, open_since[1]
+
+
+def _why(world: World, server: str, workers: list[str], at: float) -> str | None:
+    """What keeps every live worker from *server* right after *at*; ``None``: one of them reaches it."""
+    live = [name for name in workers if not _within(world.down[name], at)]
+    if not live:
+        return "alone"
+    blocks = [
+        next((block for block in world.blocks[name, server] if block.start <= at < block.end), None)
+        for name in live
+    ]
+    if all(block is not None and block.refused for block in blocks):
+        return "refused"
+    if _within(world.silences[server], at) or all(block is not None for block in blocks):
+        return "silent"
+    return None
+
+
+def _within(spans: list[tuple[float, float]], at: float) -> bool:
+    return any(start <= at < end for start, end in spans)
+
+
+# -- rendered on ----------------------------------------------------------------------------------
 
 
 def _stopped(world: World, seen: Evidence) -> Iterator[Violation]:
@@ -305,186 +348,16 @@ def _stopped(world: World, seen: Evidence) -> Iterator[Violation]:
 
 
 def _disturbed(world: World, server: str, since: float, until: float) -> bool:
-    """Whether the ledger, or every worker of *server*, was away in that time."""
-    if _unreachable(world, server, since - 10, until):
-        return True
-    return any(
-        shot.fault.kind in _LEDGER_OUTAGES
-        and shot.fired_at - 10 <= until
-        and (shot.back_at or shot.fired_at) + 10 >= since
+    """Whether somebody could have stopped a prompt on *server* in that time, but for what we broke."""
+    spans = [*world.stalls[server], *((start, end) for start, end, _ in _unreachable(world, server))]
+    spans += [
+        (shot.fired_at, shot.over_at + 5)
         for shot in world.shots
-    )
-
-
-def _left_over(world: World) -> list[str]:
-    """What must not be there at rest."""
-    left: list[str] = []
-    with world.ledger.engine.connect() as connection:
-        for table, what in ((t.leases, "live leases"), (t.strays, "strays")):
-            number = connection.execute(sa.select(sa.func.count()).select_from(table)).scalar_one()
-            if number:
-                left.append(f"{what}: {number}")
-        live = connection.execute(
-            sa.select(sa.func.count()).select_from(t.tasks).where(t.tasks.c.completed_at.is_(None))
-        ).scalar_one()
-        if live:
-            left.append(f"tasks that are not final: {live}")
-    left += _in_broker(world)
-    for name, server in world.cluster.simulators.items():
-        try:
-            queue = requests.get(f"{server.url}/queue", timeout=5).json()
-        except requests.RequestException as error:
-            left.append(f"{name} that does not answer: {error}")
-            continue
-        for part in ("queue_running", "queue_pending"):
-            left += [f"prompt {item[1]} in {part} of {name}" for item in queue[part]]
-    return left
-
-
-def _in_broker(world: World) -> list[str]:
-    left: list[str] = []
-    with redis.Redis.from_url(world.valkey.url, socket_timeout=5, decode_responses=True) as client:
-        for key in client.scan_iter():
-            kind = client.type(key)
-            if kind == "list" and client.llen(key):
-                left.append(f"{client.llen(key)} messages in {key!r}")
-            elif key in {"unacked", "unacked_index"}:
-                left.append(f"a message in {key}")
-            elif client.ttl(key) == -1 and key not in queues.PERMANENT_KEYS:
-                left.append(f"the key {key!r} without an expiry")
-    return left
-
-
-# -- what is printed ------------------------------------------------------------------------------
-
-
-def history(seen: Evidence, task_id: str) -> str:
-    """All that is known of a task, in order of time."""
-    task = seen.tasks.get(task_id)
-    if task is None:
-        return f"{task_id}: not in the ledger"
-    lines: list[tuple[float, str]] = [(task.created_at.timestamp(), f"created, priority {task.priority}")]
-    if task.cancel_requested_at is not None:
-        lines.append((task.cancel_requested_at.timestamp(), "cancel asked for"))
-    if task.completed_at is not None:
-        lines.append((task.completed_at.timestamp(), f"final: {task.status} {task.error or ''}"))
-    for attempt in task.attempts:
-        lines += _attempt_lines(attempt)
-    for prompt_id, owner in seen.owner.items():
-        if owner == task_id:
-            for event in seen.by_prompt[prompt_id]:
-                extra = event.get("status", "")
-                lines.append(
-                    (float(event["t"]), f"  {event['server']}: {event['event']} {prompt_id[:8]} {extra}")
-                )
-    return "\n".join([f"task {task_id}", *(f"  {_clock(at)} {text}" for at, text in sorted(lines))])
-
-
-def histories(world: World, seen: Evidence) -> str:
-    """Every fault, and every task with more than one attempt."""
-    lines = [
-        f"{_clock(shot.fired_at)} to {_clock(shot.back_at or shot.fired_at)} #{shot.fault.number} "
-        f"{shot.fault.kind} {shot.target}: {', '.join(f'{run.task_id}/{run.attempt}' for run in shot.hits)}"
-        for shot in sorted(world.shots, key=lambda shot: shot.fired_at)
+        if shot.fault.kind in {"postgres killed", "postgres crashed"}
     ]
-    lines += [history(seen, task.id) for task in seen.tasks.values() if len(task.attempts) > 1]
-    return "\n".join(lines)
+    return any(start - 10 <= until and end + 10 >= since for start, end in spans)
 
 
-def _attempt_lines(attempt: Attempt) -> Iterator[tuple[float, str]]:
-    who = f"attempt {attempt.number}"
-    yield attempt.started_at.timestamp(), f"{who} claimed by {attempt.worker}"
-    if attempt.submitted_at is not None:
-        prompt = str(attempt.prompt_id)[:8]
-        yield attempt.submitted_at.timestamp(), f"{who} takes prompt {prompt} on {attempt.server}"
-    if attempt.ended_at is not None:
-        error = json.dumps(attempt.error.as_dict()) if attempt.error else ""
-        yield attempt.ended_at.timestamp(), f"{who} ended: {attempt.outcome} {error}"
-
-
-def _clock(at: float) -> str:
+def clock(at: float) -> str:
+    """A time of day, to the millisecond."""
     return time.strftime("%H:%M:%S", time.gmtime(at)) + f".{int(at * 1000) % 1000:03d}"
-
-
-def table(world: World, clients: Clients, seen: Evidence) -> str:
-    """Per kind of fault: fired, running attempts hit, recovery."""
-    lines = [f"{'fault':<20} {'fired':>5} {'hit':>5} {'median s':>9} {'worst s':>9}"]
-    for kind in KINDS:
-        shots = [shot for shot in world.shots if shot.fault.kind == kind]
-        if not shots:
-            continue
-        times = [each for shot in shots for each in _recoveries(shot, clients, seen)]
-        median = f"{statistics.median(times):.1f}" if times else "-"
-        worst = f"{max(times):.1f}" if times else "-"
-        hits = sum(len(shot.hits) for shot in shots)
-        lines.append(f"{kind:<20} {len(shots):>5} {hits:>5} {median:>9} {worst:>9}")
-    return "\n".join(lines)
-
-
-def summary(world: World, clients: Clients, seen: Evidence) -> str:
-    """What became of the tasks, in one line each."""
-    states = [str(task.status) for task in seen.tasks.values()]
-    ends = [
-        each.outcome for task in seen.tasks.values() for each in task.attempts if each.outcome is not None
-    ]
-    again: dict[str, int] = defaultdict(int)
-    for events in _starts(seen).values():
-        for first, second in itertools.pairwise(events):
-            again[_excuse(world, seen, first, second) or "no allowed reason"] += 1
-    return "\n".join(
-        [
-            f"accepted {len(clients.accepted)}, given up {len(clients.given_up)}, canceled by us {len(clients.canceled_at)}",
-            "tasks: " + ", ".join(f"{state} {states.count(state)}" for state in sorted(set(states))),
-            "attempts: " + ", ".join(f"{each} {ends.count(each)}" for each in sorted(set(ends))),
-            "rendered again: " + (", ".join(f"{why} {number}" for why, number in again.items()) or "never"),
-        ]
-    )
-
-
-def _recoveries(shot: Shot, clients: Clients, seen: Evidence) -> Iterator[float]:
-    """
-    Seconds until things moved again.
-
-    For what takes an attempt away: until the next one follows or sends a prompt, which may have to
-    wait for a free slot too. For the broker and the ledger: until the first step of any attempt
-    after it was back. For the API: until the next 202. For sockets: from the end of the
-    rendering to that of the task.
-    """
-    kind = shot.fault.kind
-    if kind in _TAKEOVERS:
-        for run in shot.hits:
-            task = seen.tasks.get(run.task_id)
-            following = (
-                next((each for each in task.attempts if each.number > run.attempt), None) if task else None
-            )
-            if following is not None and following.submitted_at is not None:
-                yield following.submitted_at.timestamp() - shot.fired_at
-    elif kind in _OUTAGES | _LEDGER_OUTAGES:
-        back_at = shot.back_at or shot.fired_at
-        steps = [
-            at.timestamp() - back_at
-            for task in seen.tasks.values()
-            for attempt in task.attempts
-            for at in (
-                (attempt.started_at,)
-                if kind in _OUTAGES
-                else (attempt.started_at, attempt.submitted_at, attempt.ended_at)
-            )
-            if at is not None and at.timestamp() > back_at
-        ]
-        if steps:
-            yield min(steps)
-    elif kind == "api killed":
-        later = [at - shot.fired_at for at in clients.accepted_at if at > shot.fired_at]
-        if later:
-            yield min(later)
-    else:
-        for run in shot.hits:
-            task = seen.tasks.get(run.task_id)
-            ends = [
-                float(event["t"])
-                for event in seen.by_prompt[run.prompt_id or ""]
-                if event["event"] == "finished" and float(event["t"]) > shot.fired_at
-            ]
-            if ends and task is not None and task.completed_at is not None:
-                yield max(0.0, task.completed_at.timestamp() - ends[0])

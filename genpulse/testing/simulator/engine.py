@@ -131,6 +131,7 @@ class Engine:
                 self.check_alive()
                 if taken is not None:
                     if self.faults.zombie:
+                        self.journal.add("worker_died", taken[1][1])
                         return
                     self._run(*taken)
                 flags = self.queue.take_flags()

@@ -6,7 +6,7 @@ path each entry is one line of JSON, flushed before the server goes on. Entries 
 
     {"t": 1795304257.9, "event": "started", "prompt_id": "...", "client_id": "...", "server": "gpu1"}
 
-Events: ``boot``, ``submitted``, ``started``, ``finished`` (with ``status`` success or error, and the
+Events: ``boot``, ``submitted`` (with the ``seeds`` of its nodes), ``started``, ``finished`` (with ``status`` success or error, and the
 ``files`` really written), ``interrupted``, ``deleted``, ``lost`` (a fault forgot it), ``freed`` (its memory, as
 it was asked to), ``worker_died``, ``exit``; and who follows a prompt: ``listening`` (a socket of that client id
 was opened), ``read`` (its history entry was given out).

@@ -295,7 +295,7 @@ class Server:
         if verdict.error is not None:
             return web.json_response({"error": verdict.error, "node_errors": verdict.node_errors}, status=400)
         client_id = extra_data.get("client_id") if isinstance(extra_data, dict) else None
-        self.journal.add("submitted", prompt_id, client_id, number=number)
+        self.journal.add("submitted", prompt_id, client_id, number=number, seeds=_seeds(prompt))
         if self.faults.take("lose_prompt_next"):
             self.journal.add("lost", prompt_id, client_id)
         else:
@@ -632,6 +632,12 @@ def _channel(file: str, channel: str) -> bytes:
             picture.putalpha(alpha)
             picture.save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _seeds(prompt: Any) -> list[Any]:
+    """What tells for whom a prompt is, whatever its id: the literal seeds in it."""
+    inputs = [node["inputs"] for node in prompt.values() if isinstance(node.get("inputs"), dict)]
+    return [each["seed"] for each in inputs if isinstance(each.get("seed"), int)]
 
 
 def _is_canonical_uuid(value: Any) -> bool:
