@@ -8,6 +8,7 @@ there is no limit, for the only callers are this machine's own.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import time
@@ -62,6 +63,7 @@ def install(app: Flask, settings: Settings) -> None:
         in_memory_fallback_enabled=True,
         swallow_errors=True,
     )
+    limiter.logger.addFilter(_in_one_line)
     limiter.init_app(app)
 
     def tell(answer: Response) -> Response:
@@ -80,6 +82,12 @@ def install(app: Flask, settings: Settings) -> None:
 
     app.after_request(tell)
     app.register_error_handler(RateLimitExceeded, refuse)
+
+
+def _in_one_line(record: logging.LogRecord) -> bool:
+    """Redis went away: a line of the log, and no traceback for each request that met it."""
+    record.exc_info = None
+    return True
 
 
 def _window(limiter: Limiter) -> tuple[int, int, int] | None:
