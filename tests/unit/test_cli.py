@@ -45,9 +45,12 @@ class FakeApi:
         self.drop_answers = 0
         self.away = 0
         self.body = PIXELS
+        self.streams: list[str] = []
+        self.last_event_ids: list[str | None] = []
         self.app = Flask(__name__)
         self.app.add_url_rule("/task", view_func=self.submit, methods=["POST"])
         self.app.add_url_rule("/task/<task_id>", view_func=self.read)
+        self.app.add_url_rule("/task/<task_id>/events", view_func=self.stream)
         self.app.add_url_rule("/task/<task_id>/outputs/<int:index>", view_func=self.download)
         self.app.add_url_rule("/storage/upload", view_func=self.upload, methods=["POST"])
         self.app.add_url_rule("/status", view_func=self.status)
@@ -88,6 +91,11 @@ class FakeApi:
         return {
             "task_id": task_id, "status": state, "progress": 50, "outputs": self.outputs, "error": self.error,
         }  # fmt: skip
+
+    def stream(self, task_id: str) -> Any:
+        del task_id
+        self.last_event_ids.append(request.headers.get("Last-Event-ID"))
+        return Response(self.streams.pop(0), content_type="text/event-stream")
 
     def download(self, task_id: str, index: int) -> Any:
         del task_id, index
@@ -312,6 +320,28 @@ def test_json_is_all_of_standard_output(api: FakeApi, workflow: str) -> None:
     assert json.loads(result.stdout)["status"] == "canceled"
 
 
+def test_watch_prints_each_event(api: FakeApi, workflow: str) -> None:
+    """With --json a script reads the stream line by line; it goes on by id where the connection broke."""
+    del workflow
+    api.streams = [
+        ': hello\n\nid: 1\nevent: snapshot\ndata: {"status": "pending"}\n\nid: 2\nevent: progr',
+        'id: 3\nevent: done\ndata: {"task_id": "t1", "status": "failed"}\n\n',
+    ]
+
+    result = run("watch", "t1", "--url", api.url, "--json")
+
+    assert result.exit_code == Exit.FAILED
+    assert [json.loads(line)["name"] for line in result.stdout.splitlines()] == ["snapshot", "done"]
+    assert api.last_event_ids == [None, "1"]
+
+
+def test_watch_waits_for_the_end(api: FakeApi, tmp_path: Path) -> None:
+    """Without --json it shows progress, and can save what came out."""
+    result = run("watch", "t1", "--url", api.url, "--output", str(tmp_path / "out"))
+
+    assert (result.exit_code, result.stdout) == (Exit.OK, f"{tmp_path / 'out' / 'picture.png'}\n")
+
+
 def test_waiting_ends_with_exit_code_4(api: FakeApi, workflow: str) -> None:
     """The task goes on, and the message says so."""
     api.states = ["pending"]
@@ -454,7 +484,10 @@ def test_start_worker_serves_comfy_only_with_a_server(executed: list[list[str]])
     run("start-worker")
     run("start-worker", "--comfy", "gpu1=http://127.0.0.1:8188")
 
-    assert [line[line.index("-Q") + 1] for line in executed] == ["cpu", "comfy,cpu"]
+    assert [line[line.index("-Q") + 1] for line in executed] == [
+        "cpu,webhooks",
+        "comfy,cpu,webhooks",
+    ]
 
 
 def test_start_worker_hands_on_celerys_options(executed: list[list[str]]) -> None:
