@@ -773,6 +773,58 @@ def wait_for(
         raise
 
 
+@cli.command()
+@click.argument("task_id")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Save the outputs here at the end.",
+)
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(0), help="Seconds to wait; the task goes on afterwards."
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print each event as a line of JSON, as it comes; no progress."
+)
+@api_options
+def watch(
+    task_id: str,
+    output: Path | None,
+    timeout_s: float | None,
+    as_json: bool,
+    url: str | None,
+    api_key: str | None,
+) -> None:
+    """
+    Watch the task TASK_ID until it is final.
+
+    Prints the task's id, or with --output the saved files' paths. Exit code 1 if it failed.
+    """
+    if as_json and timeout_s is not None:
+        msg = "--timeout and --json do not go together"
+        raise click.UsageError(msg)
+    with api(url, api_key) as client:
+        task = (
+            print_events(client, task_id)
+            if as_json
+            else wait_for(client, task_id, stderr_console(), timeout_s, quiet=False)
+        )
+        saved = save_outputs(client, task, output) if output else []
+    if as_json and task["status"] == "completed":
+        return
+    report(task, saved, as_json=False, printed_paths=output is not None)
+
+
+def print_events(client: Client, task_id: str) -> dict[str, Any]:
+    """Print the events of a task as lines of JSON; the final task."""
+    for event in client.events(task_id):
+        click.echo(json.dumps(event._asdict()))
+        if event.name == "done":
+            return event.data
+    return client.task(task_id)
+
+
 def save_outputs(client: Client, task: Mapping[str, Any], folder: Path) -> list[Path]:
     """Download everything a completed task made."""
     from genpulse.client import DownloadDamaged

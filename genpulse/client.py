@@ -16,14 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import mimetypes
 import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, NamedTuple, Self
 from urllib.parse import urljoin, urlsplit
 
 import requests
@@ -31,9 +32,13 @@ from requests.auth import AuthBase
 
 from genpulse import __version__
 
-__all__ = ["ApiRefused", "ApiUnreachable", "Client", "DownloadDamaged", "WaitTimeout", "safe_name"]
+__all__ = ["ApiRefused", "ApiUnreachable", "Client", "DownloadDamaged", "Event", "WaitTimeout", "safe_name"]
 
 FINAL = frozenset({"completed", "failed", "canceled"})
+HOLD_S = 20.0
+"""For how long the API is asked to hold an answer; below what proxies bear."""
+SILENCE_S = 40.0
+"""An event stream that says nothing for so long is dead: a comment comes each 15 s."""
 _ANSWER_LIMIT = 300
 """How much of an answer that is no problem document is shown to a person."""
 
@@ -62,6 +67,14 @@ class WaitTimeout(Exception):
 
 class DownloadDamaged(Exception):
     """The bytes are not those that were stored, by size or digest. Nothing was kept on disk."""
+
+
+class Event(NamedTuple):
+    """One server-sent event: ``name`` is ``snapshot``, ``status``, ``progress``, …, ``data`` its JSON."""
+
+    id: str
+    name: str
+    data: dict[str, Any]
 
 
 class _Bearer(AuthBase):
@@ -184,11 +197,15 @@ class Client:
         patience_s: float = 30.0,
     ) -> dict[str, Any]:
         """
-        Poll until the task is final and return it.
+        Wait until the task is final and return it.
+
+        The API holds each answer until something changed (a long poll); where it does not, because all
+        its places are taken or it is an older one, this polls instead.
 
         Args:
             timeout_s: How long to wait; for ever if ``None``.
-            on_change: Called with every reading, the final one included.
+            on_change: Called with every new reading, the final one included.
+            poll_s: Between two questions to an API that does not hold its answers.
             patience_s: How long the API may be away without this giving up.
 
         Raises:
@@ -197,24 +214,89 @@ class Client:
             ApiRefused: No such task (404), or the key is not accepted.
         """
         started = heard = time.monotonic()
+        etag = ""
         while True:
-            now = time.monotonic()
+            asked = time.monotonic()
+            left_s = HOLD_S if timeout_s is None else started + timeout_s - asked
+            hold_s = max(0.0, min(HOLD_S, left_s)) if etag else 0.0
+            task = None
             try:
-                task = self.task(task_id)
+                task, etag = self._read(task_id, etag, hold_s)
             except ApiUnreachable:
-                if now - heard > patience_s:
+                hold_s = 0.0
+                if asked - heard > patience_s:
                     raise
             else:
-                heard = now
+                heard = time.monotonic()
+            if task is not None:
                 if on_change:
                     on_change(task)
                 if task["status"] in FINAL:
                     return task
+            now = time.monotonic()
             if timeout_s is not None and now - started >= timeout_s:
                 msg = f"task {task_id} is not final after {timeout_s:g} s; it goes on"
                 raise WaitTimeout(msg)
-            # Quick while a person watches the first seconds, gentle on a task of an hour.
-            time.sleep(poll_s if now - started < 30 else max(poll_s, 1.0))
+            if task is not None and etag:
+                time.sleep(min(poll_s, 0.05))  # ask again soon: the next answer will be held
+            elif now - asked < hold_s / 2 or not hold_s:
+                # Quick while a person watches the first seconds, gentle on a task of an hour.
+                time.sleep(poll_s if now - started < 30 else max(poll_s, 1.0))
+
+    def events(
+        self, task_id: str, *, previews: bool = False, last_event_id: str = "", patience_s: float = 30.0
+    ) -> Iterator[Event]:
+        """
+        The task's event stream (``GET /task/{id}/events``) until its final state.
+
+        It outlives broken connections: it comes back with the id of the last event, and the API goes on
+        from there. Where every place is taken it asks again when the API says.
+
+        Args:
+            last_event_id: Go on after this event of an earlier stream.
+            patience_s: How long the API may be away, or full, without this giving up.
+
+        Raises:
+            ApiUnreachable: Away or full for longer than *patience_s*.
+            ApiRefused: No such task (404), or the key is not accepted.
+        """
+        heard = time.monotonic()
+        while True:
+            headers = {"Accept": "text/event-stream"} | (
+                {"Last-Event-ID": last_event_id} if last_event_id else {}
+            )
+            pause_s = 1.0
+            try:
+                with self._ask(
+                    "GET", f"{self.url}/task/{task_id}/events", params={"preview": "1"} if previews else {},
+                    stream=True, headers=headers, timeout=(self._timeout[0], SILENCE_S),
+                ) as answer:  # fmt: skip
+                    if answer.status_code == 204:
+                        return
+                    pause_s = float(answer.headers.get("Retry-After") or pause_s)
+                    _raise_for_problem(answer, (200,))
+                    for event in _parse_events(answer.iter_content(None)):
+                        heard = time.monotonic()
+                        last_event_id = event.id or last_event_id
+                        yield event
+                        if event.name == "done":
+                            return
+            except (ApiUnreachable, requests.RequestException) as error:
+                if time.monotonic() - heard > patience_s:
+                    if isinstance(error, ApiUnreachable):
+                        raise
+                    msg = f"the stream broke off: {_reason(error)}"
+                    raise ApiUnreachable(msg) from error
+            time.sleep(pause_s)
+
+    def _read(self, task_id: str, etag: str, hold_s: float) -> tuple[dict[str, Any] | None, str]:
+        """The task if it is not that of *etag*, else ``None`` after *hold_s* seconds; and its ETag."""
+        query = {"wait": f"{hold_s:.1f}"} if hold_s >= 0.1 else {}
+        headers = {"If-None-Match": etag} if etag else {}
+        with self._ask("GET", f"{self.url}/task/{task_id}", params=query, headers=headers) as answer:
+            if answer.status_code == 304:
+                return None, etag
+            return self._object(answer, (200,)), answer.headers.get("ETag", "")
 
     def upload(self, path: Path) -> dict[str, Any]:
         """
@@ -307,22 +389,40 @@ class Client:
         self, method: str, path: str, *, accept: tuple[int, ...] = (200, 201, 202), **request: Any
     ) -> dict[str, Any]:
         with self._ask(method, self.url + path, **request) as answer:
-            _raise_for_problem(answer, accept)
-            try:
-                body = answer.json()
-            except ValueError:
-                body = None
-            if not isinstance(body, dict):
-                msg = f"{self.url} answered something that is not GenPulse's"
-                raise ApiUnreachable(msg)
-            return body
+            return self._object(answer, accept)
+
+    def _object(self, answer: requests.Response, accept: tuple[int, ...]) -> dict[str, Any]:
+        _raise_for_problem(answer, accept)
+        try:
+            body = answer.json()
+        except ValueError:
+            body = None
+        if not isinstance(body, dict):
+            msg = f"{self.url} answered something that is not GenPulse's"
+            raise ApiUnreachable(msg)
+        return body
 
     def _ask(self, method: str, url: str, **request: Any) -> requests.Response:
         try:
-            return self._session.request(method, url, timeout=self._timeout, **request)
+            return self._session.request(method, url, **{"timeout": self._timeout, **request})
         except requests.RequestException as error:
             msg = f"no answer from {self.url}: {_reason(error)}"
             raise ApiUnreachable(msg) from error
+
+
+def _parse_events(pieces: Iterable[bytes]) -> Iterator[Event]:
+    """The events of a stream that arrives in pieces; comments and what is not JSON are left out."""
+    rest = b""
+    for piece in pieces:
+        *blocks, rest = (rest + piece).split(b"\n\n")
+        for block in blocks:
+            fields = dict(line.partition(": ")[::2] for line in block.decode("utf-8", "replace").split("\n"))
+            if "data" not in fields:
+                continue
+            with contextlib.suppress(ValueError):
+                data = json.loads(fields["data"])
+                if isinstance(data, dict):
+                    yield Event(fields.get("id", ""), fields.get("event", "message"), data)
 
 
 def safe_name(name: str) -> str:
