@@ -8,7 +8,6 @@ Redis did not take is put back, and one whose relay died is found by :meth:`Disp
 from __future__ import annotations
 
 import datetime as dt
-import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -117,38 +116,16 @@ class Dispatching(Running):
         Args:
             room: What the owners have left; tasks of one that has none are passed over.
         """
-        task = t.tasks.c
         limit = min(limit, _MAX_BATCH)
-        oldest = (
-            sa.select(task.id, task.owner)
-            .where(
-                task.status == TaskStatus.PENDING,
-                task.queue == queue,
-                task.priority == priority,
-                task.dispatched_at.is_(None),
-                task.bound_server.is_(None),
-                task.available_at <= now(),
-            )
-            .order_by(task.created_at, task.id)
-        )
+        may_go = _may_go(queue, priority)
+        oldest = sa.select(t.tasks.c.id).where(*may_go).order_by(t.tasks.c.created_at, t.tasks.c.id)
         if room is None or room.is_unlimited:
-            return self._take(
-                oldest.with_only_columns(task.id).limit(limit).with_for_update(skip_locked=True)
-            )
-        taken: list[Dispatch] = []
-        while len(taken) < limit:
-            some = oldest.where(task.owner.not_in(room.full())).limit(limit - len(taken))
-            rows = self._read(functools.partial(_all, some))
-            chosen = [row.id for row in rows if room.take(row.owner)]
-            if chosen:
-                still = sa.select(task.id).where(
-                    task.id.in_(chosen), task.status == TaskStatus.PENDING, task.dispatched_at.is_(None)
-                )
-                taken += self._take(still.with_for_update(skip_locked=True))
-            if len(chosen) == len(rows):
-                break  # all that was asked for, or all there is
-            # Somebody has no room any more: look again without them.
-        return taken
+            return self._take(oldest.limit(limit).with_for_update(skip_locked=True))
+        chosen = self._read(lambda connection: _oldest_with_room(connection, may_go, limit, room))
+        if not chosen:
+            return []
+        still = sa.select(t.tasks.c.id).where(t.tasks.c.id.in_(chosen), *may_go)
+        return self._take(still.with_for_update(skip_locked=True))
 
     def take_bound(self, servers: Collection[str]) -> list[Dispatch]:
         """Take tasks that are bound to one of these servers, the ones that live workers serve."""
@@ -393,5 +370,54 @@ class Dispatching(Running):
         return self._write(lambda connection: connection.execute(statement).rowcount)
 
 
-def _all(query: sa.Select[Any], connection: sa.Connection) -> Sequence[Any]:
-    return connection.execute(query).all()
+def _may_go(queue: str, priority: int) -> tuple[sa.ColumnElement[bool], ...]:
+    """The unbound tasks of one priority that wait in the outbox and are due."""
+    task = t.tasks.c
+    return (
+        task.status == TaskStatus.PENDING,
+        task.queue == queue,
+        task.priority == priority,
+        task.dispatched_at.is_(None),
+        task.bound_server.is_(None),
+        task.available_at <= now(),
+    )
+
+
+def _oldest_with_room(
+    connection: sa.Connection, may_go: tuple[sa.ColumnElement[bool], ...], limit: int, room: OwnerRoom
+) -> list[str]:
+    """
+    Ids of the oldest tasks whose owners have room, up to *limit*.
+
+    From one owner to the next along the index, and then the oldest of those whose turn it may be: what
+    an owner without room has waiting, thousands perhaps, is not read.
+    """
+    task = t.tasks.c
+    waits = task.status == TaskStatus.PENDING
+    owners = sa.select(sa.func.min(task.owner).label("owner")).where(waits).cte("owners", recursive=True)
+    following = sa.select(sa.func.min(task.owner)).where(waits, task.owner > owners.c.owner).scalar_subquery()
+    owners = owners.union_all(sa.select(following).where(owners.c.owner.is_not(None)))
+    head = sa.select(sa.func.min(task.created_at)).where(*may_go, task.owner == owners.c.owner)
+    heads = (
+        sa.select(owners.c.owner, head.scalar_subquery().label("head"))
+        .where(owners.c.owner.is_not(None), owners.c.owner.not_in(room.full()))
+        .subquery()
+    )
+    # So many owners are enough: each of them has a task that is older than all of the next one's.
+    first = sa.select(heads.c.owner).where(heads.c.head.is_not(None)).order_by(heads.c.head).limit(limit)
+    candidates: list[Any] = []
+    for owner in connection.execute(first).scalars().all():
+        of_owner = (
+            sa.select(task.created_at, task.id, task.owner)
+            .where(*may_go, task.owner == owner)
+            .order_by(task.created_at, task.id)
+            .limit(limit)
+        )
+        candidates += connection.execute(of_owner).all()
+    chosen: list[str] = []
+    for row in sorted(candidates, key=lambda row: (row.created_at, row.id)):
+        if len(chosen) == limit:
+            break
+        if room.take(row.owner):
+            chosen.append(row.id)
+    return chosen

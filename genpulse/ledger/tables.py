@@ -130,9 +130,10 @@ tasks = sa.Table(
     ),
     sa.Index("ix_tasks_bound", "bound_server", **_live("status = 'pending' AND bound_server IS NOT NULL")),
     sa.Index("ix_tasks_expiry", "expires_at", **_live("status = 'pending' AND expires_at IS NOT NULL")),
-    # By owner, for the caps: how many wait, how many run.
-    sa.Index("ix_tasks_queued", "owner", **_live("status = 'pending'")),
-    sa.Index("ix_tasks_running", "owner", **_live("status = 'processing'")),
+    # By owner, for the caps: which is the oldest of those that wait.
+    sa.Index(
+        "ix_tasks_queued", "owner", "queue", "priority", "created_at", "id", **_live("status = 'pending'")
+    ),
     sa.Index("ix_tasks_ended", "completed_at", **_live("completed_at IS NOT NULL")),
     sa.Index("ix_tasks_run_time", "task_type", "completed_at", **_live("run_s IS NOT NULL")),
 )

@@ -1,4 +1,4 @@
-"""API keys, and what counts an owner's waiting and running tasks."""
+"""API keys, and the oldest of each owner's waiting tasks."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -12,7 +12,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    """Add the table and two indexes."""
+    """Add the table and the index."""
     op.create_table(
         "api_keys",
         sa.Column("id", sa.String(length=20), nullable=False),
@@ -30,16 +30,19 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name=op.f("pk_api_keys")),
     )
     op.create_index(op.f("ix_api_keys_owner"), "api_keys", ["owner"], unique=False)
-    for name, status in (("ix_tasks_queued", "pending"), ("ix_tasks_running", "processing")):
-        condition = sa.text(f"status = '{status}'")
-        op.create_index(
-            name, "tasks", ["owner"], unique=False, postgresql_where=condition, sqlite_where=condition
-        )
+    condition = sa.text("status = 'pending'")
+    op.create_index(
+        "ix_tasks_queued",
+        "tasks",
+        ["owner", "queue", "priority", "created_at", "id"],
+        unique=False,
+        postgresql_where=condition,
+        sqlite_where=condition,
+    )
 
 
 def downgrade() -> None:
     """Take them away."""
-    op.drop_index("ix_tasks_running", table_name="tasks")
     op.drop_index("ix_tasks_queued", table_name="tasks")
     op.drop_index(op.f("ix_api_keys_owner"), table_name="api_keys")
     op.drop_table("api_keys")
