@@ -330,10 +330,9 @@ def test_a_prompt_left_on_a_server_is_stopped_although_its_task_is_deleted(ledge
     ledger.finish(held.fence, FAILED, error=OOM, leaves_prompt=True)
     ledger.delete_task(held.task.id)
 
-    (stray,) = ledger.strays_on(["gpu1"])
-
-    assert (stray.prompt_id, stray.task_id) == (prompt_id, held.task.id)
-    ledger.forget_stray(Stray("gpu1", prompt_id, held.task.id, 1))
+    stray = Stray("gpu1", prompt_id, held.task.id, 1)
+    assert ledger.strays_on(["gpu1"]) == [stray]
+    ledger.forget_stray(stray)
     assert ledger.strays_on(["gpu1"]) == []
 
 
@@ -417,6 +416,18 @@ def test_an_upload_whose_process_died_before_its_record_is_collected(
             sha256="0" * 64,
         )
     assert rows(ledger, t.assets) == []
+
+
+def test_a_task_that_names_what_is_gone_is_not_recorded(ledger: Ledger, storage: LocalStorage) -> None:
+    """Whatever was looked up before: the transaction that records it has the last word."""
+    file, source = asset(ledger, storage), complete(ledger, storage)
+    run_sql(ledger, sa.delete(t.assets))
+    ledger.delete_task(source.id)
+
+    for gone in ({"assets": frozenset({file.id})}, {"source_tasks": frozenset({source.id})}):
+        with pytest.raises(SourceGone):
+            submit(ledger, **gone)
+    assert rows(ledger, t.tasks) == []
 
 
 def test_a_task_and_the_end_of_its_file_at_once(ledger: Ledger, storage: LocalStorage) -> None:

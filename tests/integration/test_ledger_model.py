@@ -109,6 +109,7 @@ class TaskLife(RuleBasedStateMachine):
         super().__init__()
         run_sql(self.ledger, sa.delete(t.tasks))
         run_sql(self.ledger, sa.delete(t.strays))
+        run_sql(self.ledger, sa.delete(t.removals))
         self.lives: list[Life] = []
         self.claims: list[Held] = []
         self.finals: dict[str, tuple[Any, ...]] = {}
@@ -383,6 +384,9 @@ class TaskLife(RuleBasedStateMachine):
         strays: dict[str, set[tuple[str, str]]] = {}
         for row in found_rows["strays"]:
             strays.setdefault(row["task_id"], set()).add((row["server"], row["prompt_id"]))
+        removals: dict[str, set[int]] = {}
+        for row in found_rows["removals"]:
+            removals.setdefault(row["task_id"], set()).add(row["attempt"])
         # A final state never changes.
         for row in tasks.values():
             if row["completed_at"] is not None:
@@ -409,11 +413,16 @@ class TaskLife(RuleBasedStateMachine):
             assert outputs.get(life.task_id) == (len(life.tries) if life.status is COMPLETED else None)
             # Whatever an ended attempt may have left on a server, somebody knows of it.
             assert strays.get(life.task_id, set()) == life.strays
+            # And what it may have stored in vain; never of the attempt that completed its task.
+            in_vain = {
+                each.number for each in life.tries if each.outcome not in {None, AttemptOutcome.COMPLETED}
+            }
+            assert removals.get(life.task_id, set()) == in_vain
 
 
 def read_all(ledger: Ledger) -> dict[str, list[sa.RowMapping]]:
     """The rows of the tables that a life touches, in one transaction."""
-    tables = (t.tasks, t.attempts, t.leases, t.strays, t.outputs)
+    tables = (t.tasks, t.attempts, t.leases, t.strays, t.outputs, t.removals)
     with ledger.engine.connect().execution_options(genpulse_read_only=True) as connection:
         return {table.name: list(connection.execute(sa.select(table)).mappings()) for table in tables}
 

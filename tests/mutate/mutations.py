@@ -75,11 +75,14 @@ SWEEPER = "genpulse/tasks/sweeper.py"
 RELAY = "genpulse/tasks/relay.py"
 RENDER = "genpulse/tasks/render.py"
 RUNNER = "genpulse/tasks/runner.py"
+RETIRING = "genpulse/ledger/retiring.py"
 CLIENT = "genpulse/comfy/client.py"
 
 LEDGER_TESTS = "tests/integration/test_ledger.py::"
 ATTEMPT_TESTS = "tests/integration/test_attempt.py::"
 SWEEPER_TESTS = "tests/integration/test_sweeper.py::"
+COLLECTOR_TESTS = "tests/integration/test_collector.py::"
+RETRY_TESTS = "tests/integration/api/test_api_retry.py::"
 RELAY_TESTS = "tests/integration/test_relay.py::"
 FORK_TESTS = "tests/integration/test_fork_rule.py::"
 CLIENT_TESTS = "tests/integration/test_comfy_client.py::"
@@ -476,6 +479,59 @@ MUTATIONS: tuple[Mutation, ...] = (
             ),
         ),
         (ATTEMPT_TESTS + "test_an_outcome_is_held_until_the_ledger_is_back",),
+    ),
+    # -- what is sent again, and what is deleted ------------------------------------------------
+    Mutation(
+        "retried-twice",
+        "Two operators who retry by filter at once make two tasks of each.",
+        (Edit(REQUESTS, "if former not in retried:", "if retried is not None:"),),
+        (RETRY_TESTS + "test_many_who_retry_by_filter_at_once_make_one_of_each[postgresql]",),
+    ),
+    Mutation(
+        "named-bytes-removed",
+        "The collector believes whatever is noted for removal, and deletes what a row still names.",
+        (Edit(RETIRING, "due.where(~named)", "due"),),
+        (COLLECTOR_TESTS + "test_what_a_row_names_is_never_taken",),
+    ),
+    Mutation(
+        "needed-file-deleted",
+        "A task is accepted while its file is being deleted, and finds it gone.",
+        (
+            Edit(
+                REQUESTS, "if gone := set(some) - set(connection.execute(known).scalars()):", "if gone := ():"
+            ),
+        ),
+        (COLLECTOR_TESTS + "test_a_task_that_names_what_is_gone_is_not_recorded",),
+    ),
+    Mutation(
+        "late-upload-stays",
+        "What a frozen worker stores after its attempt was collected is never deleted.",
+        (Edit(RETIRING, "[at for at in REMOVAL_PASSES_S if at > removal.age_s]", "[]"),),
+        (COLLECTOR_TESTS + "test_what_a_fenced_off_attempt_stores_later_is_deleted_too",),
+    ),
+    Mutation(
+        "orphans-forgotten",
+        "What an attempt stored in vain stays for ever: nobody wrote down that it is there.",
+        (
+            Edit(
+                RUNNING,
+                "if stored and row is not None and outcome is not",
+                "if not stored and outcome is not",
+            ),
+        ),
+        (COLLECTOR_TESTS + "test_what_an_attempt_stored_in_vain_is_deleted",),
+    ),
+    Mutation(
+        "stray-goes-with-its-task",
+        "A prompt of a deleted task renders on, and nobody stops it.",
+        (
+            Edit(
+                RUNNING,
+                ".outerjoin(t.tasks, task.id == stray.task_id)",
+                ".join(t.tasks, task.id == stray.task_id)",
+            ),
+        ),
+        (COLLECTOR_TESTS + "test_a_prompt_left_on_a_server_is_stopped_although_its_task_is_deleted",),
     ),
     # -- ComfyUI and storage ------------------------------------------------------------------
     Mutation(
