@@ -224,9 +224,14 @@ class Running(Lists):
             ),
         )
 
-    def renew(self, claims: Collection[str], lease_s: float) -> dict[str, Beat]:
+    def renew(
+        self, claims: Collection[str], lease_s: float, *, connection: sa.Connection | None = None
+    ) -> dict[str, Beat]:
         """
         Renew all leases of a process in one statement.
+
+        Args:
+            connection: To do it on, one that commits by itself; by default one of the engine's.
 
         Returns:
             A :class:`Beat` by claim token. A token that is missing was taken over: its attempt is lost.
@@ -242,7 +247,10 @@ class Running(Lists):
                 sa.and_(lease.deadline_at.is_not(None), lease.deadline_at <= now()).label("late"),
             )
         )
-        rows = self._write(lambda connection: connection.execute(statement).all())
+        if connection is not None:
+            rows = connection.execute(statement).all()
+        else:
+            rows = self._write(lambda own: own.execute(statement).all())
         return {row.claim: Beat(cancel=bool(row.cancel_requested), late=bool(row.late)) for row in rows}
 
     def still_held(self, fence: Fence) -> bool:

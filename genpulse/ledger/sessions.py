@@ -15,13 +15,15 @@ import os
 import secrets
 import select
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 
 from genpulse.errors import LedgerUnavailable
 from genpulse.ledger.ledger import Ledger
+from genpulse.ledger.running import Beat
 
 __all__ = ["ProcessSession", "SessionProbe"]
 
@@ -56,7 +58,7 @@ class ProcessSession:
         self._ledger = ledger
         # Its own engine: behind a transaction pooler a session lock needs the direct address.
         self._direct = Ledger.connect(direct_url) if direct_url else ledger
-        self._connection: sa.PoolProxiedConnection | None = None
+        self._connection: sa.Connection | None = None
         self._locked = False
         self._file: int | None = None
         _sessions.add(self)
@@ -68,9 +70,9 @@ class ProcessSession:
         A copy would keep the lock after the parent's death. Neither library may be told, for it
         would say good-bye to the server in the parent's name.
         """
-        if self._connection is not None and self._connection.dbapi_connection is not None:
+        if self._connection is not None:
             with contextlib.suppress(Exception):
-                os.close(self._connection.dbapi_connection.fileno())
+                os.close(_driver(self._connection).fileno())
             _abandoned.append(self._connection)
             self._connection = None
         if self._file is not None:
@@ -100,29 +102,48 @@ class ProcessSession:
                 os.close(file)
 
     def _hold_connection(self) -> None:
-        try:
-            if self._connection is None:
-                self._connection = self._direct.engine.raw_connection()
-                self._connection.dbapi_connection.autocommit = True  # type: ignore[union-attr]  # just connected
-                with contextlib.closing(self._connection.cursor()) as cursor:
-                    cursor.execute("LISTEN genpulse")
-            with contextlib.closing(self._connection.cursor()) as cursor:
-                # Not the first time: our own lost connection may still hold it on the server.
-                cursor.execute("SELECT 1" if self._locked else "SELECT pg_try_advisory_lock(%s)", (self.key,))
-                self._locked = cursor.fetchone() not in {None, (False,)}
+        with self._ours() as connection:
+            # Not the first time: our own lost connection may still hold it on the server.
+            held = sa.literal(1) if self._locked else sa.func.pg_try_advisory_lock(self.key)
+            self._locked = connection.execute(sa.select(held)).scalar() not in {None, False}
             # Words that came with the answer, not through wait(). The beat that follows sees what they
             # announce; kept, they would pile up where nobody waits for words.
-            self._connection.dbapi_connection.notifies.clear()  # type: ignore[union-attr]  # it answered
+            _driver(connection).notifies.clear()
+
+    @contextlib.contextmanager
+    def _ours(self) -> Iterator[sa.Connection]:
+        """The connection, made if it is not there; each statement on it is a transaction of its own."""
+        try:
+            if self._connection is None:
+                connection = self._direct.engine.connect()
+                self._connection = connection.execution_options(isolation_level="AUTOCOMMIT")
+                self._connection.execute(sa.text("LISTEN genpulse"))
+            yield self._connection
+            self._connection.commit()
         except Exception as error:
             self._drop_connection()
             # The driver raises its own and SQLAlchemy's classes; every one of them means "not now".
             raise LedgerUnavailable(str(error).partition("\n")[0]) from error
+
+    def renew(self, claims: Collection[str], lease_s: float) -> dict[str, Beat]:
+        """
+        Renew the leases of this process as :meth:`Ledger.renew` does, without a further connection.
+
+        Raises:
+            LedgerUnavailable: The connection is lost; the next :meth:`hold` opens another.
+        """
+        if not self._ledger.is_postgresql:
+            return self._ledger.renew(claims, lease_s)
+        with self._ours() as connection:
+            return self._ledger.renew(claims, lease_s, connection=connection)
 
     def _drop_connection(self) -> None:
         self._locked = False
         if self._connection is not None:
             with contextlib.suppress(Exception):  # it is broken already
                 self._connection.invalidate()
+            with contextlib.suppress(Exception):
+                self._connection.close()
             self._connection = None
 
     def wait(self, timeout_s: float, waker: int) -> list[str]:
@@ -132,12 +153,14 @@ class ProcessSession:
         Returns:
             The words of the notifications, for example ``cancel`` or ``task``.
         """
-        connection = self._connection.dbapi_connection if self._connection is not None else None
+        connection = _driver(self._connection) if self._connection is not None else None
         watched: list[int] = [waker]
         if connection is not None:
+            if connection.notifies:  # they came with the answer to a renewal
+                timeout_s = 0.0
             watched.append(connection.fileno())
         readable, _, _ = select.select(watched, [], [], max(0.0, timeout_s))
-        if connection is None or len(readable) == 0 or readable == [waker]:
+        if connection is None or (readable in ([], [waker]) and not connection.notifies):
             return []
         try:
             connection.poll()
@@ -155,6 +178,11 @@ class ProcessSession:
             (_folder(self._ledger) / str(self.key)).unlink(missing_ok=True)
             os.close(self._file)
             self._file = None
+
+
+def _driver(connection: sa.Connection) -> Any:
+    """psycopg2's own connection, for its descriptor and its notifications."""
+    return connection.connection.dbapi_connection
 
 
 class SessionProbe:

@@ -181,7 +181,7 @@ class Heartbeat:
             runs = dict(self._runs)
         if not runs:
             return
-        self._apply(runs, self._ledger.renew(runs.keys(), self._settings.lease_s))
+        self._apply(runs, self._session.renew(runs.keys(), self._settings.lease_s))
 
     def _apply(self, runs: Mapping[str, tuple[Fence, Signals]], beats: Mapping[str, Beat]) -> None:
         for claim, (fence, signals) in runs.items():

@@ -113,6 +113,7 @@ class AttemptContext:
     _told_at: float = 0.0
     _previewed_at: float = 0.0
     _stored: int = 0
+    _storing_since: float = 0.0
     _after_win: list[Callable[[], None]] = field(default_factory=list)
 
     @property
@@ -213,6 +214,18 @@ class AttemptContext:
         """How long storing took so far, once rendering is over."""
         return None if self._rendered_at is None else time.monotonic() - self._rendered_at
 
+    def _storing_is_late(self) -> bool:
+        """Storing has a limit of its own, all outputs together."""
+        since = self._storing_since if self._rendered_at is None else self._rendered_at
+        return time.monotonic() - since > self.settings.store_timeout_s
+
+    def _check_storing(self) -> None:
+        """:meth:`check`, and end a store that takes its bytes too slowly."""
+        self.check()
+        if self._storing_is_late():
+            msg = f"storing the outputs took longer than {self.settings.store_timeout_s:g} s"
+            raise StorageUnavailable(msg)
+
     def after_win(self, act: Callable[[], None]) -> None:
         """Do *act* only if this attempt's ``finish`` matched. A loser touches nothing any more."""
         self._after_win.append(act)
@@ -292,13 +305,13 @@ class AttemptContext:
         self._stored += 1
         safe = safe_name(name, f"output-{index}")
         key = f"{output_prefix(self.task.id, self.claim.fence.attempt)}{index:04d}-{safe}"
-        began = time.monotonic()
+        self._storing_since = time.monotonic()
         for pause in (*_STORE_TRIES_S, None):
             self.check()
             try:
                 return self._store_once(source, key, safe, node_id, content_type)
             except StorageUnavailable as error:
-                late = time.monotonic() - began > self.settings.store_timeout_s
+                late = self._storing_is_late()
                 if pause is None or late or not _can_read_again(source):
                     raise
                 self.log.warning("storage_failed", key=key, error=str(error))
@@ -312,7 +325,10 @@ class AttemptContext:
             head = _peek(stream)
             kind_of_bytes = content_type or _guess(name, head.first)
             stored = self.storage.upload_file(
-                key, cast("BinaryIO", _Checked(head, self.check)), content_type=kind_of_bytes, filename=name
+                key,
+                cast("BinaryIO", _Checked(head, self._check_storing)),
+                content_type=kind_of_bytes,
+                filename=name,
             )
         width, height = _picture_size(head.first) if kind_of_bytes.startswith("image/") else (None, None)
         return NewOutput(

@@ -1,5 +1,5 @@
 """
-What an attempt does about the servers themselves: out of memory, dead behind their HTTP, or restarted.
+What an attempt does about the servers: out of memory, dead behind their HTTP, too slow, or uncertain.
 
 The ledger, the storage and the runner are real, and so are the simulators' servers. Children that are
 siblings share their marks, as a worker's processes do.
@@ -8,6 +8,7 @@ siblings share their marks, as a worker's processes do.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ def hire(valkey_url: str, tmp_path: Path, ledger: Ledger) -> Iterator[Callable[.
     hired: list[Child] = []
 
     def make(name: str, servers: dict[str, Simulator], marks: Board | None = None, **settings: Any) -> Child:
+        storage = settings.pop("storage", None)
         built = Settings.build(
             data_dir=tmp_path / "data",
             database_url=ledger.engine.url.render_as_string(hide_password=False),
@@ -53,7 +55,7 @@ def hire(valkey_url: str, tmp_path: Path, ledger: Ledger) -> Iterator[Callable[.
             comfy_urls=",".join(f"{each}={server.url}" for each, server in servers.items()),
             **{"beat_s": 0.1, "drain_s": 0.0, **settings},
         )
-        hired.append(Child(built, name, marks=marks))
+        hired.append(Child(built, name, marks=marks, storage=storage))
         return hired[-1]
 
     yield make
@@ -122,6 +124,24 @@ def test_a_server_out_of_memory_is_freed_and_tried_once_more(
     assert history(ledger, task) == [("completed", "gpu1")]
     events = [line["event"] for line in gpu1.log if line["event"] in {"started", "freed"}]
     assert events == ["started", "freed", "started"]
+
+
+def test_the_one_more_try_is_on_the_server_that_was_freed(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child]
+) -> None:
+    """Although another one has become free meanwhile, and would be the first to be chosen."""
+    servers = {"gpu1": start_server("gpu1"), "gpu2": start_server("gpu2")}
+    servers["gpu2"].faults(fail_next="oom")
+    sibling, child = hire("sibling", servers), hire("child", servers)
+    sibling.start(order(ledger, sleeping(0.8)))
+    wait_until(lambda: logged(servers["gpu1"], "started"))
+    task = order(ledger, simple())
+
+    assert child.run(task) == TaskStatus.COMPLETED
+
+    assert history(ledger, task) == [("completed", "gpu2")]
+    assert len(logged(servers["gpu2"], "started")) == 2
+    assert sibling.end() == TaskStatus.COMPLETED
 
 
 def test_a_second_prompt_of_an_attempt_has_a_rendering_time_of_its_own(
@@ -209,7 +229,7 @@ def test_a_dead_server_is_known_to_all_siblings_and_costs_those_that_wait_nothin
     """
     gpu1, gpu2 = start_server("gpu1"), start_server("gpu2")
     board = Board()
-    one, two = (hire(name, {"gpu1": gpu1}, board, stall_s=1.5) for name in ("one", "two"))
+    one, two = hire("one", {"gpu1": gpu1}, board, stall_s=1.5), hire("two", {"gpu1": gpu1}, board)
     one.run(order(ledger, simple()))  # such tasks are quick: the second prompt is posted behind the first
     gpu1.faults(zombie=True)
     poison, behind = order(ledger, simple(1)), order(ledger, simple(2))
@@ -248,6 +268,117 @@ def test_a_dead_server_is_used_again_once_it_was_restarted(
 
     wait_until(child.pool.probe_all, 10)
     assert again(ledger, child, task) == TaskStatus.COMPLETED
+
+
+# -- limits -----------------------------------------------------------------------------------------
+
+
+def spans(simulator: Simulator, prompt_id: str) -> float:
+    """How long a prompt ran until it was interrupted, by the server's own log."""
+    at = {line["event"]: line["t"] for line in simulator.log if line.get("prompt_id") == prompt_id}
+    return float(at["interrupted"] - at["started"])
+
+
+def newest_prompt(ledger: Ledger, task: Task) -> str:
+    """The prompt of the task's newest attempt."""
+    found = ledger.get(task.id)
+    assert found is not None
+    return str(found.attempts[-1].prompt_id)
+
+
+def test_at_its_deadline_a_prompt_is_stopped_by_its_id_and_no_other(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child]
+) -> None:
+    """Within 2 s, while the one that waits behind it renders next, with a time of its own."""
+    gpu1 = start_server("gpu1")
+    one, two = hire("one", {"gpu1": gpu1}), hire("two", {"gpu1": gpu1})
+    one.run(order(ledger, simple()))
+    late, behind = order(ledger, sleeping(60), timeout_s=1), order(ledger, sleeping(0.5), timeout_s=1)
+    one.start(late)
+    wait_until(lambda: len(logged(gpu1, "started")) == 2)
+    two.start(behind)
+
+    assert one.end() == TaskStatus.FAILED
+    assert two.end() == TaskStatus.COMPLETED
+
+    found = ledger.get(late.id)
+    assert found is not None
+    assert found.error is not None
+    assert found.error.code == "timeout"
+    assert logged(gpu1, "interrupted") == [newest_prompt(ledger, late)]
+    assert 1.0 <= spans(gpu1, newest_prompt(ledger, late)) < 4.0
+
+
+def test_waiting_in_the_servers_queue_is_no_rendering_time(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child]
+) -> None:
+    """A prompt behind a long one has its whole ``timeout_s`` when it runs."""
+    gpu1 = start_server("gpu1")
+    one, two = hire("one", {"gpu1": gpu1}), hire("two", {"gpu1": gpu1})
+    one.run(order(ledger, simple()))
+    one.start(order(ledger, sleeping(3)))
+    wait_until(lambda: len(logged(gpu1, "started")) == 2)
+    behind = order(ledger, sleeping(0.2), timeout_s=1)
+    two.start(behind)
+
+    assert two.end() == TaskStatus.COMPLETED
+    assert one.end() == TaskStatus.COMPLETED
+
+
+def test_whoever_adopts_a_prompt_has_what_is_left_of_its_time(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child]
+) -> None:
+    """The clock runs on from when the prompt was first seen running, over all who follow it."""
+    gpu1 = start_server("gpu1")
+    task = order(ledger, sleeping(60), timeout_s=4)
+    first = hire("first", {"gpu1": gpu1})
+    first.start(task)
+    wait_until(lambda: row_of(ledger, task)["deadline_at"])
+    time.sleep(2.0)
+    first.draining.set()
+    assert first.end() == TaskStatus.PENDING
+
+    assert again(ledger, hire("second", {"gpu1": gpu1}), task) == TaskStatus.FAILED
+
+    assert [outcome for outcome, _ in history(ledger, task)] == ["handed_back", "failed"]
+    assert len(logged(gpu1, "started")) == 1
+    assert 4.0 <= spans(gpu1, newest_prompt(ledger, task)) < 5.9  # anew it would be 6 s
+
+
+def test_storing_has_a_limit_of_its_own_and_costs_no_rendering(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child], tmp_path: Path
+) -> None:
+    """Storage that fails for long ends the attempt; the next one adopts the finished prompt."""
+    gpu1 = start_server("gpu1")
+    full = tmp_path / "full"
+    full.write_bytes(b"")  # a file, where a folder would be needed
+    task = order(ledger, simple(), timeout_s=1)
+    child = hire("child", {"gpu1": gpu1}, storage=full, store_timeout_s=1.2)
+
+    began = time.monotonic()
+    assert child.run(task) == TaskStatus.PENDING
+    assert time.monotonic() - began < 10  # all tries take 15 s
+
+    assert again(ledger, hire("second", {"gpu1": gpu1}), task) == TaskStatus.COMPLETED
+    assert history(ledger, task) == [("storage_failed", "gpu1"), ("completed", "gpu1")]
+    assert len(logged(gpu1, "started")) == 1
+
+
+# -- a post whose answer is lost --------------------------------------------------------------------
+
+
+def test_a_post_whose_answer_was_lost_is_looked_up_and_not_repeated(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child]
+) -> None:
+    """The prompt is in the queue: it is followed, and rendered once."""
+    gpu1 = start_server("gpu1")
+    gpu1.faults(lose_answers_next=1)
+    task = order(ledger, sleeping(0.5))
+
+    assert hire("child", {"gpu1": gpu1}).run(task) == TaskStatus.COMPLETED
+
+    assert logged(gpu1, "started") == [newest_prompt(ledger, task)]
+    assert [outcome for outcome, _ in history(ledger, task)] == ["completed"]
 
 
 def prompt_of(ledger: Ledger, task: Task) -> str | None:

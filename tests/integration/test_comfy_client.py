@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import pytest
 
 from genpulse.comfy import client as client_module
-from genpulse.comfy.client import ComfyClient, Place, QueueSnapshot, ServerFile
+from genpulse.comfy.client import ComfyClient, Place, QueueSnapshot, ServerFile, Whereabouts
 from genpulse.errors import ComfyUnavailable, GenPulseError, InputRejected, PromptLost, WorkflowRejected
 
 if TYPE_CHECKING:
@@ -215,6 +215,25 @@ class TestPrompts:
         finished(client, prompt_id)
 
         assert starts(simulator, prompt_id) == 1
+
+    def test_of_two_copies_one_is_deleted(
+        self, simulator: Simulator, client: ComfyClient, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first post was slow and is nowhere to be seen; it arrives together with the second."""
+        client.submit(sleeper(1.0), prompt_id=new_id(), client_id="before")
+        simulator.faults(lose_answers_next=1)
+        seen = iter([False, False])
+        look = client.look
+
+        def blind(prompt_id: str, **options: Any) -> Whereabouts:
+            return look(prompt_id, **options) if next(seen, True) else Whereabouts(Place.UNKNOWN)
+
+        monkeypatch.setattr(client, "look", blind)
+        prompt_id = new_id()
+        accepted = client.deliver(image(), prompt_id=prompt_id, client_id="c")
+
+        assert accepted.repeated
+        assert client.queue().pending.count(prompt_id) == 1
 
     def test_copies_are_counted(self, client: ComfyClient) -> None:
         """The same id twice runs twice; both copies can be found by it."""

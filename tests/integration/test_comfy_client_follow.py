@@ -529,6 +529,14 @@ class TestServersThatFail:
 
         assert run.end().entry.status == "success"
 
+    def test_what_cannot_be_heard_is_no_stall(self, simulator: Simulator, client: ComfyClient) -> None:
+        """The socket is gone and does not come back: the clock stands still, and polling finds the end."""
+        run = Run(client, sleeper(4.0, steps=20), stall_s=1.0)
+        run.wait_for(lambda: len(run.heard_of(events.Progress)) > 2)
+        simulator.faults(refuse_http=503, refuse_paths=["/ws"], drop_sockets=True)
+
+        assert run.end().entry.status == "success"
+
     def test_waiting_in_the_line_is_no_stall(self, client: ComfyClient) -> None:
         """The stall clock starts with the first event of this prompt; the line may take longer."""
         first, second = (Run(client, sleeper(0.8, steps=8)) for _ in range(2))

@@ -108,3 +108,43 @@ def test_sigterm_right_after_the_claim_is_a_hand_back(
         assert found is not None
         assert [each.outcome for each in found.attempts] == [AttemptOutcome.HANDED_BACK]
         assert child.returncode == -signal.SIGTERM
+
+
+IGNORES_ITS_DEADLINE = """
+import sys, time
+from types import SimpleNamespace
+from genpulse.tasks import heartbeat, runner
+
+heartbeat.KILL_AFTER_S = 0.5
+runner.start_child("node")
+deaf = SimpleNamespace(queue="cpu", execute=lambda *_: time.sleep(600))
+runner._runner.registry = SimpleNamespace(get=lambda _: deaf)
+runner.run_message(sys.argv[1])
+"""
+
+
+def test_an_attempt_that_ignores_its_deadline_ends_with_its_process(
+    ledger_url: str, valkey_url: str, tmp_path: Path
+) -> None:
+    """The lease thread writes its end and takes the process away; nothing else could reach it."""
+    with open_ledger(ledger_url) as ledger:
+        task = submit(ledger, task_type="image-convert", queue="cpu", timeout_s=1)
+        child = subprocess.run(
+            [sys.executable, "-c", IGNORES_ITS_DEADLINE, task.id],
+            env={
+                **os.environ,
+                "GENPULSE_DATABASE_URL": ledger_url,
+                "GENPULSE_REDIS_URL": valkey_url,
+                "GENPULSE_DATA_DIR": str(tmp_path),
+                "GENPULSE_BEAT_S": "0.2",
+            },
+            timeout=50,
+            check=False,
+        )
+
+        found = ledger.get(task.id)
+        assert found is not None
+        assert found.status is TaskStatus.FAILED
+        assert found.error is not None
+        assert found.error.code == "timeout"
+        assert child.returncode == -signal.SIGKILL

@@ -20,7 +20,7 @@ from genpulse.errors import LedgerUnavailable
 from genpulse.ledger import Ledger, ProcessSession, SessionProbe
 from genpulse.testing.services import FaultProxy
 from tests.support import wait_until
-from tests.support.ledger import open_ledger, submit
+from tests.support.ledger import claim, open_ledger, submit
 
 HOLD = """
 import os, sys, time
@@ -220,7 +220,7 @@ def test_words_do_not_pile_up_where_nobody_waits_for_them(postgres_ledger_url: s
         for _ in range(3):
             ledger.cancel(submit(ledger).id)
         assert session._connection is not None
-        driver = session._connection.dbapi_connection
+        driver = session._connection.connection.dbapi_connection
         assert driver is not None
         wait_until(lambda: select.select([driver.fileno()], [], [], 0)[0], 3.0)
         session.hold()
@@ -276,4 +276,38 @@ def test_a_lock_that_the_servers_side_still_holds_for_us_is_taken_later(postgres
         assert probe.alive([session.key]) == set()
         session.hold()
         assert probe.alive([session.key]) == {session.key}
+        session.release()
+
+
+def test_renewing_opens_no_further_connection(postgres_ledger_url: str) -> None:
+    """A process that holds its session renews on it: a beat costs the database no connect."""
+    with open_ledger(postgres_ledger_url) as ledger:
+        session = ProcessSession(ledger)
+        session.hold()
+        held = claim(ledger, submit(ledger), session_key=session.key)
+        opened: list[object] = []
+        sa.event.listen(ledger.engine, "connect", lambda *_: opened.append(1))
+
+        for _ in range(3):
+            assert set(session.renew([held.fence.claim], 15.0)) == {held.fence.claim}
+
+        assert opened == []
+        session.release()
+
+
+def test_a_word_that_comes_with_a_renewal_is_heard(postgres_ledger_url: str) -> None:
+    """A cancel that the renewal was too early to see makes the next one come at once."""
+    with open_ledger(postgres_ledger_url) as ledger:
+        session = ProcessSession(ledger)
+        session.hold()
+        held = claim(ledger, submit(ledger), session_key=session.key)
+        ledger.cancel(held.task.id)
+        session.renew([held.fence.claim], 15.0)
+        reader, writer = os.pipe()
+
+        began = time.monotonic()
+        assert "cancel" in session.wait(5.0, reader)
+        assert time.monotonic() - began < 2.0
+        os.close(reader)
+        os.close(writer)
         session.release()
