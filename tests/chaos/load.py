@@ -160,6 +160,10 @@ class Clients:
 
     def _cancel(self, task_id: str, after_s: float) -> None:
         time.sleep(after_s)
+        self.cancel(task_id)
+
+    def cancel(self, task_id: str) -> None:
+        """Ask for a cancel, with patience."""
         with requests.Session() as http:
             answer = self._insist(http, f"{self._url}/task/{task_id}/cancel")
         if answer is None:
