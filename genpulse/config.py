@@ -234,6 +234,18 @@ class Settings(BaseSettings):
         description="When a webhook is tried, in seconds after the task's end.",
     )
 
+    # Metrics and traces
+    metrics_host: str = Field(
+        "127.0.0.1", description="Address on which a worker answers `GET /metrics`, without asking for a key."
+    )
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port for it, one for each worker of a host. 0: it counts nothing."
+    )
+    otlp_endpoint: str = Field(
+        "",
+        description="Base URL of an OpenTelemetry collector (OTLP over HTTP) that gets the traces. Empty: `OTEL_EXPORTER_OTLP_ENDPOINT`, and without that there are none.",
+    )
+
     # Flower and logs
     flower_host: str = Field(
         "127.0.0.1", description="Address Flower listens on. Anything but loopback needs basic auth."
@@ -284,6 +296,9 @@ class Settings(BaseSettings):
             for key, value in found.items()
             if key.startswith(PREFIX) and not key.startswith(_NOT_SETTINGS)
         }
+        # OpenTelemetry's own name for it, where all programs of a host share one.
+        if not ours.get("otlp_endpoint") and "OTEL_EXPORTER_OTLP_ENDPOINT" in found:
+            ours["otlp_endpoint"] = found["OTEL_EXPORTER_OTLP_ENDPOINT"]
         unknown = sorted(set(ours) - set(cls.model_fields))
         if unknown:
             names = ", ".join(PREFIX + name.upper() for name in unknown)
@@ -339,7 +354,7 @@ class Settings(BaseSettings):
         parse_servers(value)
         return value
 
-    @field_validator("public_url", "s3_endpoint_url")
+    @field_validator("public_url", "s3_endpoint_url", "otlp_endpoint")
     @classmethod
     def _http_url(cls, value: str) -> str:
         if value and not re.match(r"^https?://[^/]+", value):

@@ -174,6 +174,10 @@ class NewTask:
     """Ids of the uploaded files it names."""
     source_tasks: frozenset[str] = frozenset()
     """Ids of the tasks whose outputs it names."""
+    request_id: str | None = None
+    """Of the request that sent it."""
+    traceparent: str | None = None
+    """The request's place in a trace (W3C Trace Context); ``None`` while nothing is traced."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +256,8 @@ class Task:
     batch_id: str | None = None
     batch_index: int | None = None
     """Its place in the batch, from 0."""
+    request_id: str | None = None
+    traceparent: str | None = None
     outputs: tuple[Output, ...] = ()
     attempts: tuple[Attempt, ...] = ()
 

@@ -13,6 +13,7 @@ from genpulse.ledger.base import fork_lock
 from genpulse.ledger.dispatching import Dispatch
 from genpulse.ledger.keys import KeyText, OwnerRoom, mint
 from genpulse.ledger.ledger import Ledger
+from genpulse.ledger.measures import Ended, Line
 from genpulse.ledger.requests import IdempotencyConflict, SourceGone, new_id
 from genpulse.ledger.retiring import Removal
 from genpulse.ledger.running import Beat, StaleLease, Stray
@@ -27,9 +28,11 @@ __all__ = [
     "DeliveryStatus",
     "DeliveryTry",
     "Dispatch",
+    "Ended",
     "IdempotencyConflict",
     "KeyText",
     "Ledger",
+    "Line",
     "OwnerRoom",
     "ProcessSession",
     "Removal",

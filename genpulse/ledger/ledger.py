@@ -7,13 +7,14 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from genpulse.errors import LedgerUnavailable
+from genpulse.ledger.measures import Measures
 from genpulse.ledger.retiring import Retiring
 from genpulse.ledger.webhooks import Webhooks
 
 __all__ = ["Ledger"]
 
 
-class Ledger(Retiring, Webhooks):
+class Ledger(Retiring, Webhooks, Measures):
     """Every statement about tasks, given a connected engine or opened by URL."""
 
     def migrate(self) -> None:

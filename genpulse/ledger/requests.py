@@ -110,6 +110,8 @@ def task_from_row(
         store_s=row["store_s"],
         batch_id=row["batch_id"],
         batch_index=row["batch_index"],
+        request_id=row["request_id"],
+        traceparent=row["traceparent"],
         outputs=tuple(outputs),
         attempts=tuple(attempts),
     )
@@ -197,6 +199,8 @@ def values_of(task_id: str, new: NewTask) -> dict[str, Any]:
         "timeout_s": new.timeout_s,
         "max_attempts": new.max_attempts,
         "expires_in_s": new.expires_in_s,
+        "request_id": new.request_id,
+        "traceparent": new.traceparent,
     }
 
 

@@ -92,6 +92,9 @@ tasks = sa.Table(
     # No foreign keys: a batch outlives its tasks by no more than the next time somebody tidies up.
     sa.Column("batch_id", _Id),
     sa.Column("batch_index", sa.Integer),
+    # The request that sent it, by its id and by its place in a trace.
+    sa.Column("request_id", sa.String(64)),
+    sa.Column("traceparent", sa.String(60)),
     sa.CheckConstraint(
         "status IN ('pending', 'processing', 'completed', 'failed', 'canceled')", name="status"
     ),

@@ -27,7 +27,7 @@ from genpulse.tasks import queues
 from genpulse.tasks.broker import WorkerAMQP
 from genpulse.tasks.producer import broker_url, celery_queue, result_backend
 from genpulse.tasks.registry import Registry, RegistryError, default_registry
-from genpulse.telemetry import setup_logging
+from genpulse.telemetry import metrics, setup_logging
 
 __all__ = ["GenPulseRequest", "build_app", "node_name", "refusal"]
 
@@ -214,6 +214,8 @@ def _on_celeryd_init(instance: Any = None, conf: Any = None, options: Any = None
     # Before the first fork: the children see the same memory.
     drain.prepare_drain()
     board.prepare_board()
+    if settings.metrics_port:
+        metrics.prepare()
     _take_over_revoke()
     asked = _asked_queues(conf, options)
     servers = [server.name for server in settings.servers]

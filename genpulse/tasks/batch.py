@@ -20,6 +20,7 @@ from genpulse.ledger import Ledger, SourceGone
 from genpulse.model import Batch
 from genpulse.tasks.registry import Registry
 from genpulse.tasks.submit import Locate, Room, any_number, body_digest, prepare
+from genpulse.telemetry import metrics
 
 __all__ = ["MAX_TASKS", "Grid", "accept_grid", "accept_tasks"]
 
@@ -200,7 +201,7 @@ def _accept(
             raise
         return earlier, True
     try:
-        return ledger.submit_batch(
+        batch, replayed = ledger.submit_batch(
             tasks,
             grid=grid,
             idempotency_key=idempotency_key,
@@ -210,6 +211,10 @@ def _accept(
     except SourceGone:
         sentence = "A file that one of the tasks names was deleted just now."
         raise InvalidRequest("missing_asset", sentence, [("", sentence)]) from None
+    if not replayed:
+        for each in tasks:
+            metrics.TASKS_SUBMITTED.add(task_type=each.task_type)
+    return batch, replayed
 
 
 def _sharing(tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from genpulse.tasks.broker import pulse
 from genpulse.tasks.consuming import ConsumerWatch, Sight, reconnect_consumer, restart_worker, sees_free
 from genpulse.tasks.drain import is_draining
 from genpulse.tasks.producer import BrokerUnavailable, RunwayView
+from genpulse.telemetry import metrics
 
 __all__ = ["WorkerBackground", "open_pool", "start_in_worker"]
 
@@ -47,7 +48,11 @@ def open_pool(settings: Settings) -> ServerPool:
 
 def start_in_worker(consumer: Any) -> Background:
     """Start relay, sweeper, presence and janitor in this worker's main process."""
-    return background.run(WorkerBackground(Settings.from_env(), consumer))
+    settings = Settings.from_env()
+    if settings.metrics_port:
+        metrics.start("worker")
+        metrics.serve(settings.metrics_host, settings.metrics_port)
+    return background.run(WorkerBackground(settings, consumer))
 
 
 class WorkerBackground(Background):

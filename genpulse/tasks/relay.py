@@ -19,6 +19,7 @@ from genpulse.model import WorkerInfo
 from genpulse.tasks import queues, schedule
 from genpulse.tasks.producer import BrokerUnavailable, Message, Producer
 from genpulse.tasks.registry import task_name
+from genpulse.telemetry import metrics
 
 __all__ = ["Relay", "live_slots"]
 
@@ -73,6 +74,7 @@ class Relay:
         if self._broker_failures:
             log.info("broker_back", failures=self._broker_failures)
         self._broker_failures = 0
+        metrics.MESSAGES_SENT.add(len(batch))
         return len(batch)
 
     def resume(self) -> None:

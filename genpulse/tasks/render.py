@@ -45,6 +45,7 @@ from genpulse.errors import (
 from genpulse.model import Attempt, NewOutput
 from genpulse.tasks import queues
 from genpulse.tasks.runner import AttemptContext
+from genpulse.telemetry import traces
 
 __all__ = ["render"]
 
@@ -75,12 +76,17 @@ def render(context: AttemptContext, workflow: graph.Workflow) -> tuple[NewOutput
         StopAttempt: From ``context.check()``.
     """
     attempt = _Render(context, workflow)
-    try:
-        finished = attempt.adopt() or attempt.submit()
-    except OutOfMemory:
-        attempt.free_server()
-        finished = attempt.submit(again_on=attempt.server)
-    return attempt.capture(finished)
+    with traces.span("comfyui render", kind="client") as told:
+        try:
+            finished = attempt.adopt() or attempt.submit()
+        except OutOfMemory:
+            attempt.free_server()
+            finished = attempt.submit(again_on=attempt.server)
+        if told is not None:
+            told.set_attribute("genpulse.server", attempt.server)
+            told.set_attribute("genpulse.prompt_id", attempt.prompt_id)
+    with traces.span("comfyui capture"):
+        return attempt.capture(finished)
 
 
 class _Render:

@@ -67,6 +67,7 @@ from genpulse.tasks.inputs import is_url, open_url
 from genpulse.tasks.presence import open_pool
 from genpulse.tasks.registry import Registry, default_registry
 from genpulse.tasks.retry import backoff_s
+from genpulse.telemetry import metrics, traces
 
 __all__ = ["AttemptContext", "Runner", "run_message", "start_child", "stop_child"]
 
@@ -309,7 +310,8 @@ class AttemptContext:
         for pause in (*_STORE_TRIES_S, None):
             self.check()
             try:
-                return self._store_once(source, key, safe, node_id, content_type)
+                with traces.span("storage put", kind="client", storage=self.settings.storage, key=key):
+                    return self._store_once(source, key, safe, node_id, content_type)
             except StorageUnavailable as error:
                 late = self._storing_is_late()
                 if pause is None or late or not _can_read_again(source):
@@ -399,8 +401,11 @@ class Runner:
         )
         self.heartbeat.watch(claim.fence, signals)
         try:
-            with structlog.contextvars.bound_contextvars(task_id=task_id, attempt=claim.fence.attempt):
+            with _named(claim), _traced(claim) as told:
+                traces.name_trace()
                 status = self._attempt(context)
+                if told is not None:
+                    told.set_attribute("genpulse.status", status)
         finally:
             self.heartbeat.forget(claim.fence)
         self.live.wake("task")
@@ -464,6 +469,7 @@ class Runner:
                 lambda: self.ledger.hand_back(
                     context.claim.fence, adopt_wait_s=None, delay_s=delay_s, go_to=go_to, **context.traces
                 ),
+                AttemptOutcome.HANDED_BACK,
             )
         except Retryable as error:
             return self._failed_for_now(context, error)
@@ -486,6 +492,7 @@ class Runner:
             return self._write(
                 context,
                 lambda: self.ledger.hand_back(context.claim.fence, adopt_wait_s=wait_s, **context.traces),
+                AttemptOutcome.HANDED_BACK,
             )
         status = TaskStatus.CANCELED if isinstance(stop, TaskCanceled) else TaskStatus.FAILED
         context.log.info("task_stopped", code=stop.code)
@@ -510,6 +517,7 @@ class Runner:
                 leaves_prompt=context.leaves_prompt,
                 **context.traces,
             ),
+            outcome,
         )
 
     def _history(self, context: AttemptContext) -> tuple[Any, ...]:
@@ -541,7 +549,9 @@ class Runner:
 
         return self._write(context, write)
 
-    def _write(self, context: AttemptContext, write: Callable[[], TaskStatus | None]) -> str:
+    def _write(
+        self, context: AttemptContext, write: Callable[[], TaskStatus | None], outcome: str = ""
+    ) -> str:
         """The last write of an attempt: held until the ledger answers, or somebody else has the task."""
         try:
             status = context.insist(write, checked=False)
@@ -550,6 +560,7 @@ class Runner:
         if status is None:
             return self._lost(context)
         context.log.info("attempt_ended", status=str(status))
+        metrics.ATTEMPTS.add(task_type=context.task.task_type, outcome=outcome or str(status))
         if status.is_final:
             self.live.forget_progress(context.task.id)
             context.clean_up()
@@ -559,7 +570,32 @@ class Runner:
 
     def _lost(self, context: AttemptContext) -> str:
         context.log.warning("attempt_fenced_off")
+        metrics.ATTEMPTS.add(task_type=context.task.task_type, outcome="fenced_off")
         return "lost"
+
+
+def _named(claim: Claim) -> contextlib.AbstractContextManager[Any]:
+    """Whatever is logged meanwhile says of which attempt, and of whose request, it is."""
+    return structlog.contextvars.bound_contextvars(
+        task_id=claim.task.id,
+        attempt=claim.fence.attempt,
+        owner=claim.task.owner,
+        request_id=claim.task.request_id,
+    )
+
+
+def _traced(claim: Claim) -> contextlib.AbstractContextManager[Any]:
+    task = claim.task
+    return traces.span(
+        f"attempt {task.task_type}",
+        parent=task.traceparent,
+        kind="consumer",
+        task_id=task.id,
+        task_type=task.task_type,
+        queue=task.queue,
+        attempt=claim.fence.attempt,
+        request_id=task.request_id,
+    )
 
 
 class _Checked(io.RawIOBase):
@@ -692,6 +728,9 @@ def start_child(node: str) -> None:
         node: The worker's node name, for example ``genpulse-comfy-4711@host``.
     """
     settings = Settings.from_env()
+    if settings.metrics_port:
+        metrics.start("worker")
+    traces.start(settings.otlp_endpoint, "genpulse-worker")
     heartbeat = Heartbeat(settings, is_draining)
     heartbeat.start()
     global _runner  # noqa: PLW0603  # one per child process
@@ -713,6 +752,7 @@ def stop_child() -> None:
     """The child ends in order: let go of its session at once."""
     if _runner is not None:
         _runner.heartbeat.stop()
+    traces.stop()
 
 
 def run_message(task_id: str) -> dict[str, Any] | None:

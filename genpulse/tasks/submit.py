@@ -22,6 +22,7 @@ from genpulse.ledger import Ledger, SourceGone
 from genpulse.model import NewTask, Priority, Task, TaskStatus
 from genpulse.tasks.inputs import open_egress
 from genpulse.tasks.registry import Checked, Registry
+from genpulse.telemetry import metrics, traces
 
 __all__ = [
     "Locate",
@@ -191,7 +192,10 @@ def retry_matching(  # each is one filter
                 refused.append(Refused(task.id, error.problem, error.detail))
         if not dry_run:
             room(len(batch))
-            made += ledger.retry_all(batch, again=again)
+            recorded = ledger.retry_all(batch, again=again)
+            made += recorded
+            for each in recorded:
+                metrics.TASKS_SUBMITTED.add(task_type=each.task_type)
     return Retries(tuple(task.id for task in found), tuple(made), tuple(refused), more)
 
 
@@ -227,7 +231,7 @@ def _record(
             raise
         return earlier, True
     try:
-        return ledger.submit(
+        task, replayed = ledger.submit(
             new,
             idempotency_key=idempotency_key,
             body_hash=body_hash,
@@ -236,6 +240,9 @@ def _record(
     except SourceGone as error:
         sentence = "Something that the task needs was deleted just now."
         raise InvalidRequest("missing_asset", sentence, [("/params", sentence)]) from error
+    if not replayed:
+        metrics.TASKS_SUBMITTED.add(task_type=new.task_type)
+    return task, replayed
 
 
 def prepare(
@@ -288,6 +295,7 @@ def prepare(
                 callback_url=callback_url,
                 assets=frozenset(checked.assets),
                 source_tasks=frozenset(task_id for task_id, _ in checked.outputs),
+                **traces.origin(),
             )
         prepared.append((new, checked))
     _find_references(ledger, owner, [checked for _, checked in prepared], locate)

@@ -24,6 +24,7 @@ from genpulse.model import Fence, WorkerInfo
 from genpulse.tasks import queues
 from genpulse.tasks.producer import BrokerUnavailable, Epoch, RunwayView
 from genpulse.tasks.relay import Relay
+from genpulse.telemetry import metrics
 
 __all__ = ["Sweeper", "Swept"]
 
@@ -97,6 +98,9 @@ class Sweeper:
         except LedgerUnavailable:
             self._connected_since = None
             raise
+        finally:
+            for work in ("reaped", "sent_again", "expired", "released"):
+                metrics.SWEPT.add(getattr(swept, work), work=work)
         return swept
 
     def _is_steady(self) -> bool:

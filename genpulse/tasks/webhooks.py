@@ -42,6 +42,7 @@ from genpulse.tasks.drain import is_draining
 from genpulse.tasks.inputs import open_egress
 from genpulse.tasks.producer import BrokerUnavailable, Message, Producer, RunwayView
 from genpulse.tasks.views import task_view
+from genpulse.telemetry import metrics
 
 __all__ = [
     "OWN_OWNER",
@@ -276,6 +277,7 @@ class Deliverer:
             ),
             gives_up_at,
         )
+        metrics.WEBHOOK_TRIES.add(outcome=str(status))
         log.info(
             "webhook_tried",
             delivery_id=delivery.id,

@@ -16,7 +16,9 @@ from genpulse.ledger import metadata
 from genpulse.tasks.admission import Admission
 from genpulse.tasks.registry import Registry, default_registry
 from genpulse.tasks.wiring import open_ledger, open_live, open_storage
-from genpulse.web import access, limits, problems
+from genpulse.telemetry import metrics as measured
+from genpulse.telemetry import traces
+from genpulse.web import access, limits, observe, problems
 from genpulse.web.service import Service
 from genpulse.web.watch import Watchers
 
@@ -55,11 +57,11 @@ def create_app(settings: Settings | None = None, *, registry: Registry | None = 
         SettingsError: A setting cannot be used.
         RegistryError: A task type's declaration cannot be used.
     """
-    from genpulse.web import batch, deliveries, docs, events  # their routes join the table
+    from genpulse.web import batch, deliveries, docs, events, metrics  # their routes join the table
     from genpulse.web.api import MODELS, ROUTES
     from genpulse.web.contract import Contract
 
-    del docs
+    del docs, metrics
     settings = settings or Settings.from_env()
     registry = registry or default_registry()
     names = [name for handler in registry for name in (handler.task_type, *handler.aliases)]
@@ -84,6 +86,10 @@ def create_app(settings: Settings | None = None, *, registry: Registry | None = 
         places=settings.watcher_places,
         is_stopping=lambda: service.is_stopping(),  # noqa: PLW0108 - gunicorn's hook sets it later
     )
+    measured.start("fleet", "api")
+    traces.start(settings.otlp_endpoint, "genpulse-api")
+    traces.instrument(app)
+    observe.install(app)
     problems.install(app)
     access.install(app, settings, ROUTES)
     limits.install(app, settings)

@@ -13,7 +13,7 @@ from typing import Any
 
 from genpulse.config import Settings
 from genpulse.tasks import background
-from genpulse.telemetry import setup_logging
+from genpulse.telemetry import metrics, setup_logging, traces
 from genpulse.web.callers import reason_not_to_listen
 
 _settings = Settings.from_env()
@@ -54,6 +54,7 @@ def on_starting(_server: Any) -> None:
     setup_logging(_settings.log_level, _settings.log_format)
     if reason := reason_not_to_listen(_settings):
         raise SystemExit(reason)
+    metrics.prepare()
 
 
 def post_worker_init(worker: Any) -> None:
@@ -73,3 +74,4 @@ def worker_exit(_server: Any, worker: Any) -> None:
     running = getattr(worker, "genpulse_background", None)
     if running is not None:
         running.stop()
+    traces.stop()

@@ -106,7 +106,7 @@ class Problem(Exception):
             "title": title(self.status),
             "status": self.status,
             "detail": self.detail or title(self.status),
-            "instance": f"urn:uuid:{request_id()}",
+            "instance": _instance(),
             "code": self.code,
             "retryable": self.retryable,
         }
@@ -162,10 +162,21 @@ def printable(text: str) -> str:
 
 
 def request_id() -> str:
-    """This request's id, made on first use."""
+    """This request's id: what its caller calls it, or made on first use."""
     if "request_id" not in g:
-        g.request_id = str(uuid.uuid4())
+        named = request.headers.get("X-Request-ID", "")
+        g.request_id = named if _REQUEST_ID.fullmatch(named) else str(uuid.uuid4())
     return str(g.request_id)
+
+
+# It goes into logs and URNs, and comes from anybody.
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._~-]{1,64}", re.ASCII)
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", re.ASCII)
+
+
+def _instance() -> str:
+    name = request_id()
+    return f"urn:uuid:{name}" if _UUID.fullmatch(name) else f"urn:genpulse:request:{name}"
 
 
 def install(app: Flask) -> None:
