@@ -61,6 +61,21 @@ POLL_S = 1
 WEBHOOKS_LATE_S = 60.0
 """How long a webhook may be due before ``/status`` says so."""
 
+TASK_CODES = {
+    422: (
+        "invalid_request",
+        "invalid_workflow",
+        "workflow_format_ui",
+        "unknown_task_type",
+        "unknown_input",
+        "missing_asset",
+        "unsafe_url",
+        "idempotency_key_reuse",
+    ),
+    409: ("not_final",),
+}
+"""Problems of what makes a task of words."""
+
 _UUID = re.compile(schemas.UUID_PATTERN)
 
 
@@ -86,6 +101,7 @@ _UUID = re.compile(schemas.UUID_PATTERN)
         ),
     },
     refusals=(400, 413, 415, 422, 429),
+    codes=TASK_CODES,
 )
 def submit_task(header: schemas.WaitingHeaders, body: schemas.SubmitBody) -> Response:
     """
@@ -256,6 +272,7 @@ def cancel_task(path: schemas.TaskPath) -> Response:
         )
     },
     refusals=(404, 409, 422, 429),
+    codes=TASK_CODES,
 )
 def retry_task(path: schemas.TaskPath, header: schemas.SubmitHeaders) -> Response:
     """
@@ -339,6 +356,7 @@ def retry_tasks(body: schemas.RetryBody) -> Response:
     tag="Tasks",
     answers={204: empty_answer("The task is gone, and its files go with it.")},
     refusals=(404, 409),
+    codes={409: ("not_final",)},
 )
 def delete_task(path: schemas.TaskPath) -> Response:
     """Delete a final task and its outputs."""
@@ -382,6 +400,7 @@ def read_output(path: schemas.OutputPath) -> Response:
     tag="Assets",
     answers={201: answer(schemas.AssetView, "The file is stored.", Location="Where its bytes are.")},
     refusals=(400, 413, 415, 422),
+    codes={400: ("invalid_form",), 422: ("invalid_request", "missing_asset")},
     request_body={
         "required": True,
         "content": {

@@ -6,7 +6,7 @@ import datetime as dt
 from typing import Annotated, Any
 
 from flask import Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from genpulse.ledger import IdempotencyConflict
 from genpulse.model import Batch, Task, TaskStatus
@@ -14,7 +14,7 @@ from genpulse.tasks.batch import MAX_TASKS, accept_grid, accept_tasks
 from genpulse.tasks.views import TaskSummary
 from genpulse.web import access, schemas
 from genpulse.web.answers import json_answer, link, with_etag
-from genpulse.web.api import POLL_S, ROUTES
+from genpulse.web.api import POLL_S, ROUTES, TASK_CODES
 from genpulse.web.contract import answer, empty_answer
 from genpulse.web.problems import Problem
 from genpulse.web.service import service
@@ -57,13 +57,6 @@ class BatchBody(BaseModel):
         return self
 
 
-def _index(value: Any) -> Any:
-    if isinstance(value, str) and not (value.isascii() and value.isdecimal() and len(value) < 5):
-        msg = "is no cursor of this list"
-        raise ValueError(msg)
-    return value
-
-
 class BatchPath(BaseModel):
     """A batch by id."""
 
@@ -76,8 +69,8 @@ class BatchQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     limit: int = Field(50, ge=0, le=200, description="Tasks of a page; 0 for the counts alone.")
-    cursor: Annotated[int | None, BeforeValidator(_index)] = Field(
-        None, ge=0, lt=MAX_TASKS, description="`next_cursor` of the page before."
+    cursor: str | None = Field(
+        None, pattern="^[0-9]{1,3}$", examples=["49"], description="`next_cursor` of the page before."
     )
 
 
@@ -167,6 +160,7 @@ MODELS: tuple[type[BaseModel], ...] = (BatchAccepted, BatchBody, BatchView)
         )
     },
     refusals=(400, 413, 415, 422, 429),
+    codes=TASK_CODES,
 )
 def submit_batch(header: schemas.SubmitHeaders, body: BatchBody) -> Response:
     """
@@ -250,7 +244,7 @@ def cancel_batch(path: BatchPath) -> Response:
 
 
 def _view(batch: Batch, query: BatchQuery) -> BatchView:
-    after = -1 if query.cursor is None else query.cursor
+    after = -1 if query.cursor is None else int(query.cursor)
     found = (
         service().ledger.batch_tasks(batch.id, batch.owner, after_index=after, limit=query.limit + 1)
         if query.limit

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_origin, get_type_hints
 
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.json_schema import models_json_schema
 
 from genpulse import __version__
-from genpulse.web import problems
+from genpulse.web import examples, problems
 from genpulse.web.bodies import check_values, read_json
 from genpulse.web.problems import Problem, printable, validation_problem
 from genpulse.web.schemas import ProblemView
@@ -78,6 +79,7 @@ class Routes:
         tag: str = "",
         answers: dict[int, dict[str, Any]] | None = None,
         refusals: Iterable[int] = (),
+        codes: Mapping[int, Sequence[str]] | None = None,
         is_open: bool = False,
         documented: bool = True,
         request_body: dict[str, Any] | None = None,
@@ -92,6 +94,7 @@ class Routes:
             answers: The good answers by status, made with :func:`answer` or :func:`bytes_answer`.
             refusals: Statuses of the problem documents it may answer; those that every operation
                 may answer are added.
+            codes: What a status' problems are called, where it is not the one usual word.
             is_open: Whether it answers without an API key.
             documented: Whether the OpenAPI document has it.
             request_body: The body's place in the document where the view reads it by itself.
@@ -106,6 +109,7 @@ class Routes:
             is_limited = method == "POST" and scope == "submit" and not rule.endswith("/cancel")
 
         def decorate(view: V) -> V:
+            words = _codes({*refusals, *usual}, limited=is_limited, own=codes or {})
             docs: dict[str, Any] = {
                 "summary": (inspect.getdoc(view) or "").partition("\n")[0],
                 "description": (inspect.getdoc(view) or "").partition("\n")[2].strip() or None,
@@ -114,7 +118,7 @@ class Routes:
                 "security": None if is_open else [{"bearer": []}],
                 "responses": {
                     **(answers or {}),
-                    **{status: _problem(status) for status in sorted({*refusals, *usual})},
+                    **{status: _problem(status, words[status]) for status in sorted(words)},
                 },
             }
             if request_body:
@@ -169,6 +173,7 @@ class Contract(OpenAPI):
         # A path means what it says: "a//b" is no other word for "a/b". Rules take this over when added.
         self.url_map.merge_slashes = False
         self._models = tuple(models)
+        self._routes = tuple(routes)
         self._task_types = list(task_types)
         self._webhooks = webhooks or {}
         # Two mounts of one table: the document has each operation once, with both as its servers.
@@ -187,11 +192,45 @@ class Contract(OpenAPI):
         self.spec_json["servers"] = [{"url": "/"}, {"url": VERSION_PREFIX}]
         if self._webhooks:
             self.spec_json["webhooks"] = self._webhooks
+        self._show_examples(schema["$defs"])
         for item in self.spec_json["paths"].values():
             for operation in item.values():
                 # Added to every operation, also where nothing can be invalid.
                 if "application/json" in operation["responses"].get("422", {}).get("content", {}):
                     del operation["responses"]["422"]
+
+    def _show_examples(self, schemas: dict[str, Any]) -> None:
+        """Put each model's example where the model stands, and the parameters as their models have them."""
+        for name, shown in examples.ANSWERS.items():
+            if name in schemas:
+                schemas[name].setdefault("examples", shown)
+        models = {route.view.__name__: _models(route.view) for route in self._routes}
+        described = (*self.spec_json["paths"].values(), *self._webhooks.values())
+        for operation in (operation for item in described for operation in item.values()):
+            bodies = [operation.get("requestBody", {}), *operation["responses"].values()]
+            for media in (media for body in bodies for media in body.get("content", {}).values()):
+                model = media.get("schema", {}).get("$ref", "").rpartition("/")[2]
+                if shown := schemas.get(model, {}).get("examples"):
+                    media["examples"] = {f"example {n}": {"value": each} for n, each in enumerate(shown, 1)}
+            own = models.get(operation["operationId"], {})
+            for parameter in operation.get("parameters", []):
+                _describe(parameter, own.get(parameter["in"]))
+
+
+def _describe(parameter: dict[str, Any], model: type[BaseModel] | None) -> None:
+    """The parameter's schema in the model's own words, an example, and how lists and objects are written."""
+    if model is None:
+        return
+    found = model.model_json_schema()["properties"].get(parameter["name"])
+    if found is not None and "$ref" not in json.dumps(found):
+        parameter["schema"] = {name: value for name, value in found.items() if name != "title"}
+    shown = parameter["schema"].pop("examples", None)
+    parameter["example"] = shown[0] if shown else examples.PARAMETERS.get(parameter["name"])
+    kind = parameter["schema"].get("type")
+    if kind == "array":
+        parameter |= {"style": "form", "explode": False, "example": [parameter["example"]]}
+    elif kind == "object":
+        parameter |= {"style": "deepObject", "explode": True}
 
 
 def answer(model: type[BaseModel], description: str, **headers: str) -> dict[str, Any]:
@@ -209,7 +248,10 @@ def events_answer(description: str, examples: dict[str, str]) -> dict[str, Any]:
     shown = {name: {"value": text} for name, text in examples.items()}
     return {
         "description": description,
-        "content": {"text/event-stream": {"schema": {"type": "string"}, "examples": shown}},
+        # No type: some readers hold the schema against the whole stream, and some against each event.
+        "content": {
+            "text/event-stream": {"schema": {"description": "Server-sent events."}, "examples": shown}
+        },
     }
 
 
@@ -231,23 +273,49 @@ def _headers(headers: dict[str, str]) -> dict[str, Any]:
     return {"headers": found} if found else {}
 
 
-def _problem(status: int) -> dict[str, Any]:
-    schema = {"$ref": _REF.format(model=ProblemView.__name__)}
+def _codes(
+    statuses: Iterable[int], *, limited: bool, own: Mapping[int, Sequence[str]]
+) -> dict[int, tuple[str, ...]]:
+    """The words of the problems that an operation may answer, by status."""
+    usual = {400: ("invalid_json",), 429: ("rate_limited", "queue_full") if limited else ("rate_limited",)}
+    return {
+        status: tuple(own.get(status) or usual.get(status) or (problems.code_of(status),))
+        for status in statuses
+    }
+
+
+def _problem(status: int, codes: Sequence[str]) -> dict[str, Any]:
+    schema = {
+        "allOf": [
+            {"$ref": _REF.format(model=ProblemView.__name__)},
+            {"type": "object", "properties": {"code": {"enum": list(codes)}}},
+        ]
+    }
+    shown = {
+        code: {
+            "value": {
+                "type": f"urn:genpulse:problem:{code}",
+                "title": problems.title(status),
+                "status": status,
+                "detail": examples.PROBLEMS[code],
+                "instance": "urn:uuid:5b8d7f6e-2f3c-4a1b-9c0d-1e2f3a4b5c6d",
+                "code": code,
+                "retryable": status in {429, 500, 503},
+            }
+        }
+        for code in codes
+    }
     headers = {"Retry_After": "Seconds to wait."} if status in {429, 503} else {}
     return {
         "description": problems.title(status),
-        "content": {problems.CONTENT_TYPE: {"schema": schema}},
+        "content": {problems.CONTENT_TYPE: {"schema": schema, "examples": shown}},
         **_headers(headers),
     }
 
 
 def _checked(view: Callable[..., Any]) -> Callable[..., Any]:
     """Read and check what the view's annotations ask for, then call it with the models."""
-    models = {
-        name: model
-        for name, model in get_type_hints(view).items()
-        if name in {"path", "query", "header", "body"}
-    }
+    models = _models(view)
 
     @functools.wraps(view)
     def run(**path: Any) -> Response | Any:
@@ -270,6 +338,15 @@ def _checked(view: Callable[..., Any]) -> Callable[..., Any]:
 
     run.__delay_validate_request__ = True  # type: ignore[attr-defined]  # flask-openapi's word for "not yours"
     return run
+
+
+def _models(view: Callable[..., Any]) -> dict[str, type[BaseModel]]:
+    """What a view's annotations ask for."""
+    return {
+        name: model
+        for name, model in get_type_hints(inspect.unwrap(view)).items()
+        if name in {"path", "query", "header", "body"}
+    }
 
 
 _ENTRY = re.compile(r"(\w+)\[(.*)\]", re.DOTALL)

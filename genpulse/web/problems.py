@@ -27,6 +27,7 @@ __all__ = [
     "CONTENT_TYPE",
     "MAX_ERRORS",
     "Problem",
+    "code_of",
     "install",
     "pointer",
     "printable",
@@ -93,7 +94,7 @@ class Problem(Exception):
     ) -> None:
         super().__init__(detail)
         self.status = status
-        self.code = code or _CODES.get(status, "bad_request" if status < 500 else "internal")
+        self.code = code or code_of(status)
         self.detail = detail
         self.errors = tuple(errors)
         self.headers = dict(headers or {})
@@ -240,6 +241,11 @@ def _unexpected(error: Exception) -> Response:
         exc_info=(type(error), error, error.__traceback__),
     )
     return Problem(500, detail="Something went wrong here, and it was logged.", retryable=True).response()
+
+
+def code_of(status: int) -> str:
+    """The usual word for a status."""
+    return _CODES.get(status, "bad_request" if status < 500 else "internal")
 
 
 def title(status: int) -> str:

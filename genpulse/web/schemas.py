@@ -104,8 +104,8 @@ CallbackUrl = Annotated[
     Field(max_length=2048, pattern=r"^https?://", json_schema_extra={"format": "uri"}),
     AfterValidator(_web_address),
 ]
-MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
-MetadataValue = Annotated[str, StringConstraints(max_length=500)]
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00]*$")]
+MetadataValue = Annotated[str, StringConstraints(max_length=500, pattern=r"^[^\x00]*$")]
 MAX_WAIT_S = 60
 """The longest long poll; proxies give up at about this age."""
 UUID_PATTERN = r"^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$"
@@ -215,9 +215,11 @@ class ListQuery(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     status: Annotated[list[Status], BeforeValidator(_listed)] = Field(
-        default_factory=list, max_length=5, description="One or several, separated by commas."
+        default_factory=list, min_length=1, max_length=5, description="One or several, separated by commas."
     )
-    task_type: str | None = Field(None, min_length=1, max_length=63, description="A type or an alias.")
+    task_type: str | None = Field(
+        None, min_length=1, max_length=63, pattern=r"^[^\x00]*$", description="A type or an alias."
+    )
     metadata: dict[MetadataKey, MetadataValue] = Field(
         default_factory=dict,
         max_length=5,

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import io
+import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pydantic
 import pytest
 import sqlalchemy as sa
-from flask import Flask
+from flask import Flask, Response, current_app, request
 from flask.testing import FlaskClient
 
 from genpulse.config import Settings
@@ -20,7 +21,8 @@ from genpulse.ledger import KeyText, mint
 from genpulse.ledger.tables import metadata
 from genpulse.model import Claim, ErrorInfo, NewOutput, OutputKind, TaskStatus
 from genpulse.tasks.registry import BaseHandler, Registry
-from genpulse.web import Service, create_app
+from genpulse.web import Service, create_app, problems
+from genpulse.web.contract import Contract
 
 KEY = "a key with spaces and ümlauts"
 
@@ -168,7 +170,33 @@ def build(ledger_url: str, data_dir: Path, **settings: Any) -> Api:
     known = {"redis_url": "redis://127.0.0.1:1/0", "max_upload_bytes": 4 * 2**20, "max_body_bytes": 64 * 1024}
     made = Settings.build(database_url=ledger_url, data_dir=data_dir, **known | settings)
     app = create_app(made, registry=Registry([Echo]))
+    app.after_request(_note_undocumented)
     return Api(app, app.test_client())
+
+
+_undocumented: list[str] = []
+
+
+def _note_undocumented(answer: Response) -> Response:
+    """Hold each problem that any of these tests brings about against the published document."""
+    if answer.content_type == problems.CONTENT_TYPE and request.url_rule is not None:
+        path = re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", request.url_rule.rule).removeprefix("/v1")
+        paths = cast("Contract", current_app).api_doc["paths"]
+        operation = paths.get(path, {}).get(request.method.lower())
+        if operation is not None:
+            documented = operation["responses"].get(str(answer.status_code), {}).get("content", {})
+            code = answer.get_json()["code"]
+            if code not in documented.get(problems.CONTENT_TYPE, {}).get("examples", {}):
+                _undocumented.append(f"{request.method} {path}: {answer.status_code} {code}")
+    return answer
+
+
+@pytest.fixture(autouse=True)
+def _documented_problems_only() -> Iterator[None]:
+    """No operation answers a problem that its place in the document does not name."""
+    _undocumented.clear()
+    yield
+    assert _undocumented == []
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import HealthCheck, given, settings
 from openapi_spec_validator import validate
+
+from genpulse.web import create_app, examples
 
 DOCUMENT_ONLY_FOR_PEOPLE = {"/", "/docs", "/docs/assets/{name}", "/openapi.json"}
 """Pages and the document itself, which the document does not describe."""
@@ -101,52 +102,100 @@ def test_the_docs_page_needs_no_internet(lone_api: Any) -> None:
         assert "default-src 'none'" in page.headers["Content-Security-Policy"]
 
 
-@pytest.mark.timeout(240)
-def test_generated_calls_get_what_the_document_promises(
-    build: Any, sqlite_ledger_url: str, tmp_path: Any
-) -> None:
-    """
-    Schemathesis, all checks: status codes, media types, headers and bodies as documented, no 500.
-
-    It makes good and bad calls for each operation from the document alone.
-    """
-    import schemathesis
-    from schemathesis.generation import GenerationMode
-    from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
-
-    # Watchers of tasks that nobody runs: not for long.
-    api = build(sqlite_ledger_url, tmp_path / "data", api_key="a-plain-key", watch_s=0.05)
-    schema = schemathesis.openapi.from_wsgi(
-        "/openapi.json", api.app, headers={"Authorization": "Bearer a-plain-key"}
-    )
-    seen: Counter[str] = Counter()
-    for result in schema.get_all_operations():
-        operation = result.ok()  # type: ignore[union-attr]  # an Err has none, which fails the test
-        # What a task type's params must be stands in /task-types, not in this document.
-        beyond = [positive_data_acceptance] if operation.label == "POST /task" else []
-        if not operation.body:
-            # A query that nobody reads is no mistake, and an "invalid" one may lose its fault when it
-            # is written as a query string. test_api_tasks.py has the queries that are refused.
-            beyond.append(negative_data_rejection)
-        for mode in GenerationMode:
-            if mode is GenerationMode.NEGATIVE and operation.path in {"/health", "/ready", "/status"}:
-                continue  # they take nothing, so nothing can be wrong
-
-            _call_and_check(operation, mode, beyond, seen)
-    api.service.ledger.close()
-    assert seen["GET /task 200"] > 50
-    assert seen["POST /task 202"] > 0, seen
-    assert seen["POST /storage/upload 201"] > 0
+def operations(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every operation, the webhooks too."""
+    items = (*document["paths"].values(), *document["webhooks"].values())
+    return [operation for item in items for operation in item.values()]
 
 
-def _call_and_check(operation: Any, mode: Any, excluded: list[Any], seen: Counter[str]) -> None:
-    headers = {"Authorization": "Bearer a-plain-key"}
+@pytest.fixture
+def installed(lone_api: Any) -> dict[str, Any]:
+    """The document with the task types that are installed."""
+    app = create_app(lone_api.service.settings)
+    document: dict[str, Any] = app.test_client().get("/openapi.json").json
+    app.extensions["genpulse"].ledger.close()
+    return document
 
-    @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    @given(case=operation.as_strategy(generation_mode=mode))
-    def call(case: Any) -> None:
-        answer = case.call(headers=headers)
-        seen[f"{case.operation.label} {answer.status_code}"] += 1
-        case.validate_response(answer, headers=headers, excluded_checks=excluded)
 
-    call()
+def test_every_body_and_parameter_has_an_example(installed: dict[str, Any]) -> None:
+    """Whoever reads the page sees what is meant; bytes speak for themselves."""
+    missing = []
+    for operation in operations(installed):
+        name = operation["operationId"]
+        bodies = {"body": operation.get("requestBody", {}), **operation["responses"]}
+        missing += [
+            f"{name} {where} {kind}"
+            for where, body in bodies.items()
+            for kind, media in body.get("content", {}).items()
+            if kind not in {"*/*", "multipart/form-data"} and not media.get("examples")
+        ]
+        if name != "task_webhook":
+            missing += [
+                f"{name} {parameter['name']}"
+                for parameter in operation.get("parameters", [])
+                if parameter.get("example") is None
+            ]
+
+    assert missing == []
+
+
+def test_every_example_fits_its_schema(installed: dict[str, Any]) -> None:
+    """What the document shows is what the document says."""
+    document = installed
+
+    def check(value: Any, schema: dict[str, Any], where: str) -> None:
+        whole = {**schema, "components": document["components"]}
+        checker = jsonschema.Draft202012Validator(
+            whole, format_checker=jsonschema.Draft202012Validator.FORMAT_CHECKER
+        )
+        assert [error.message for error in checker.iter_errors(value)] == [], where
+
+    for operation in operations(document):
+        name = operation["operationId"]
+        for parameter in operation.get("parameters", []):
+            if "example" in parameter:
+                check(parameter["example"], parameter["schema"], f"{name} {parameter['name']}")
+        for body in (operation.get("requestBody", {}), *operation["responses"].values()):
+            for media in body.get("content", {}).values():
+                for shown in media.get("examples", {}).values():
+                    check(shown["value"], media["schema"], name)
+    for name, schema in document["components"]["schemas"].items():
+        for shown in schema.get("examples", ()):
+            check(shown, schema, name)
+
+
+def test_an_example_has_the_fields_of_a_real_answer(lone_api: Any) -> None:
+    """All of them, in their order."""
+    document = lone_api.client.get("/openapi.json").json
+    made = lone_api.submit()["task_id"]
+    lone_api.complete(made, ("a.png", b"png", "image/png"))
+
+    shown = document["components"]["schemas"]["TaskView"]["examples"][0]
+
+    task = lone_api.client.get(f"/task/{made}").json
+    assert list(task) == list(shown)
+    assert list(task["outputs"][0]) == list(shown["outputs"][0])
+    assert list(task["attempts"][0]) == list(shown["attempts"][0])
+
+
+def test_every_word_for_a_problem_is_documented_somewhere(lone_api: Any) -> None:
+    """And no operation names one without a sentence; that none answers another, each test here checks."""
+    document = lone_api.client.get("/openapi.json").json
+    documented = {
+        code
+        for operation in operations(document)
+        for answer in operation["responses"].values()
+        for code in answer.get("content", {}).get("application/problem+json", {}).get("examples", ())
+    }
+
+    assert documented == set(examples.PROBLEMS) - {"bad_request", "conflict"}
+
+
+def test_lists_and_objects_in_a_query_are_written_as_they_are_read(lone_api: Any) -> None:
+    """Several statuses with commas, an object with brackets."""
+    document = lone_api.client.get("/openapi.json").json
+
+    found = {each["name"]: each for each in document["paths"]["/task"]["get"]["parameters"]}
+
+    assert (found["status"]["style"], found["status"]["explode"]) == ("form", False)
+    assert (found["metadata"]["style"], found["metadata"]["explode"]) == ("deepObject", True)
