@@ -93,13 +93,13 @@ class Settings(BaseSettings):
     )
     api_workers: int = Field(2, ge=1, le=64, description="API processes.")
     api_threads: int = Field(
-        288,
+        544,
         ge=2,
-        le=2048,
+        le=4096,
         description="Threads of each API process, started as they are needed. 32 of them, or half of fewer than 64, are kept free of watchers.",
     )
     max_watchers: int = Field(
-        256,
+        512,
         ge=0,
         description="Event streams and long polls that each API process holds at a time, as far as its threads reach. Beyond it a stream is refused with 503 and a long poll answers at once.",
     )
