@@ -227,6 +227,18 @@ class StorageConformance:
         assert sorted(storage.keys("ou")) == ["out.txt", "out/1/a.png", "out/1/b.png", "out/10/a.png"]
         assert list(storage.keys("nothing")) == list(storage.keys("/")) == list(storage.keys("../")) == []
 
+    def test_a_folder_is_deleted_whole_and_alone(self, storage: StorageProvider) -> None:
+        """``out/1/`` is not ``out/10/``; it may be repeated; and what names no folder is refused."""
+        for key in ("out/1/a", "out/1/b/c", "out/10/a", "out.txt"):
+            put(storage, key, b".")
+
+        assert storage.delete_below("out/1/") == 2
+        assert storage.delete_below("out/1/") == 0
+        assert sorted(storage.keys()) == ["out.txt", "out/10/a"]
+        for wrong in ("", "/", "out/1", "../", ".genpulse/", "out//"):
+            with pytest.raises(InvalidKey):
+                storage.delete_below(wrong)
+
     def test_more_keys_than_one_page(self, storage: StorageProvider) -> None:
         """Every key is listed once, however many there are."""
         wanted = [f"many/{number:02d}/{number % 7}.png" for number in range(60)]

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import structlog
 from click.testing import CliRunner, Result
 from werkzeug.serving import make_server
 
@@ -17,7 +18,9 @@ from genpulse.client import ApiRefused, Client
 
 @pytest.fixture
 def url(lone_api: Any) -> Iterator[str]:
-    """The API over a real socket."""
+    """The API over a real socket. What it logs is not part of what the command prints."""
+    before = structlog.get_config()
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
     server = make_server("127.0.0.1", 0, lone_api.app, threaded=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
@@ -25,6 +28,7 @@ def url(lone_api: Any) -> Iterator[str]:
     server.shutdown()
     thread.join()
     server.server_close()
+    structlog.configure(**before)
 
 
 @pytest.fixture
