@@ -15,6 +15,7 @@ from pydantic import SecretStr
 from pydantic.fields import FieldInfo
 
 from genpulse.config import PREFIX, Settings
+from genpulse.telemetry.metrics import METRICS
 
 PAGES = Path(__file__).resolve().parent
 
@@ -37,6 +38,31 @@ def settings_page() -> str:
             "",
             "| variable | kind | default | meaning |",
             "| --- | --- | --- | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
+def metrics_page() -> str:
+    """Every metric with its labels, and who answers for it."""
+    rows = [
+        f"| `{metric.name}` | {metric.kind} | {', '.join(f'`{label}`' for label in metric.labels) or '–'} "
+        f"| {metric.source} | {metric.help} |"
+        for metric in METRICS.values()
+    ]
+    return "\n".join(
+        [
+            "# Metrics",
+            "",
+            "<!-- Made from genpulse/telemetry/metrics.py by `python3 dev.py docs`; edit there. -->",
+            "",
+            "*fleet*: read from the ledger by each API, the same at all of them, so take `max` over instances. *api*, *worker*:",
+            "counted by the processes of that program, so take `sum`; a worker shows them on `GENPULSE_METRICS_PORT`. How to",
+            "read them is in [Watch it run](../how-to/monitoring.md).",
+            "",
+            "| metric | kind | labels | of | meaning |",
+            "| --- | --- | --- | --- | --- |",
             *rows,
             "",
         ]
@@ -68,7 +94,7 @@ def default_of(field: FieldInfo) -> str:
     return "none" if value is None or not str(value) else f"`{value}`"
 
 
-GENERATED = {"reference/settings.md": settings_page}
+GENERATED = {"reference/settings.md": settings_page, "reference/metrics.md": metrics_page}
 
 
 def main() -> int:

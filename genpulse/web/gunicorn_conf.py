@@ -40,8 +40,9 @@ accesslog = None
 logconfig_dict = {
     "root": {"level": "INFO", "handlers": []},
     "loggers": {
-        name: {"level": loglevel.upper(), "handlers": [], "propagate": True, "qualname": name}
-        for name in ("gunicorn.error", "gunicorn.access")
+        name: {"level": level, "handlers": [], "propagate": True, "qualname": name}
+        # The access log is genpulse.web.observe's: by route template, with ids, and without the query.
+        for name, level in (("gunicorn.error", loglevel.upper()), ("gunicorn.access", "WARNING"))
     },
 }
 # Off: a socket of a fixed name in the home folder, which two servers would share.
