@@ -18,7 +18,7 @@ import genpulse.ledger
 from genpulse.errors import LedgerUnavailable
 from genpulse.ledger import Ledger, metadata
 from genpulse.ledger import tables as t
-from tests.support.ledger import claim, open_ledger, submit
+from tests.support.ledger import claim, open_ledger, rows, run_sql, submit
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -125,6 +125,41 @@ def test_migrating_again_keeps_the_tasks(empty_url: str) -> None:
         task = submit(ledger)
         ledger.migrate()
         assert claim(ledger, task).task.id == task.id
+
+
+def test_what_an_older_ledger_holds_comes_along(empty_url: str) -> None:
+    """Its tasks keep their uploads from being retired, twin records of one upload and its strays stay."""
+    one, twin, other, task = (f"0190000000007000800000000000000{digit}" for digit in "1234")
+    dashed = f"{one[:8]}-{one[8:12]}-{one[12:16]}-{one[16:20]}-{one[20:]}"
+    with open_ledger(empty_url) as ledger:
+        migrate_to(ledger, "0001")
+        at = "now()" if ledger.is_postgresql else "0"
+        for asset_id, name in ((one, "a.png"), (twin, "a.png"), (other, "b.png")):
+            run_sql(
+                ledger,
+                "INSERT INTO assets (id, owner, key, name, content_type, size_bytes, sha256, created_at)"
+                f" VALUES ('{asset_id}', 'ada', 'k', '{name}', 'image/png', 1, 'd', {at})",
+            )
+        run_sql(
+            ledger,
+            "INSERT INTO tasks (id, owner, task_type, queue, priority, status, params, metadata, timeout_s,"
+            " max_attempts, created_at, updated_at, available_at) VALUES"
+            f" ('{task}', 'ada', 'x', 'cpu', 3, 'pending',"
+            f" '{{\"image\"\\:\"asset\\:{dashed}\"}}', '{{}}', 1, 1, {at}, {at}, {at})",
+        )
+        run_sql(
+            ledger,
+            "INSERT INTO strays (server, prompt_id, task_id, attempt, since)"
+            f" VALUES ('gpu1', '{other}', '{task}', 1, {at})",
+        )
+
+        ledger.migrate()
+
+        assert [row["source_id"] for row in rows(ledger, t.task_inputs)] == [dashed]
+        names = {row["id"].replace("-", ""): row["name"] for row in rows(ledger, t.assets)}
+        assert (names[one], names[other]) == ("a.png", "b.png")
+        assert names[twin].startswith("a.png (")
+        assert [row["server"] for row in rows(ledger, t.strays)] == ["gpu1"]
 
 
 def test_a_ledger_that_was_not_migrated_says_so(empty_url: str) -> None:
