@@ -293,6 +293,21 @@ class Dispatching(Running):
 
         return self._write(drop)
 
+    def connections(self) -> tuple[int, int] | None:
+        """
+        Connections to this database, everybody's, and how many its server takes for all of its databases.
+
+        ``None`` on SQLite, which has none to count.
+        """
+        if not self.is_postgresql:
+            return None
+        query = sa.text(
+            "SELECT count(*), current_setting('max_connections')::int FROM pg_stat_activity"
+            " WHERE datname = current_database()"
+        )
+        row = self._read(lambda connection: connection.execute(query).one())
+        return int(row[0]), int(row[1])
+
     # -- workers ------------------------------------------------------------------------------
 
     def register_worker(  # the columns of one row

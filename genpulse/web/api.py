@@ -640,6 +640,8 @@ def _status(*, full: bool) -> schemas.StatusView:
     try:
         here.ledger.ping()
         known |= _fleet(problems)
+        if (counted := here.ledger.connections()) is not None:
+            known["database"] = {"connections": counted[0], "limit": counted[1]}
     except LedgerUnavailable:
         accepting = False
         problems.append("The ledger does not answer.")

@@ -392,6 +392,16 @@ def test_a_task_waits_for_the_server_that_has_its_prompt(up_api: Any) -> None:
     )
 
 
+def test_status_counts_the_connections_to_the_database(api: Any) -> None:
+    """On PostgreSQL, where there is a limit to them."""
+    found = api.client.get("/status").json.get("database")
+
+    if api.service.ledger.is_postgresql:
+        assert 1 <= found["connections"] < found["limit"]
+    else:
+        assert found is None
+
+
 def test_status_says_which_queue_nobody_takes_from(api: Any) -> None:
     """A queue whose only ComfyUI is sick has no slots; one that needs none keeps its own."""
     register(api, healthy=False)
