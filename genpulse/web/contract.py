@@ -29,7 +29,16 @@ from genpulse.web.bodies import check_values, read_json
 from genpulse.web.problems import Problem, printable, validation_problem
 from genpulse.web.schemas import ProblemView
 
-__all__ = ["Contract", "Route", "Routes", "answer", "bytes_answer", "empty_answer", "events_answer"]
+__all__ = [
+    "Contract",
+    "Route",
+    "Routes",
+    "answer",
+    "bytes_answer",
+    "empty_answer",
+    "events_answer",
+    "text_answer",
+]
 
 V = TypeVar("V", bound=Callable[..., Any])
 
@@ -253,6 +262,12 @@ def events_answer(description: str, examples: dict[str, str]) -> dict[str, Any]:
             "text/event-stream": {"schema": {"description": "Server-sent events."}, "examples": shown}
         },
     }
+
+
+def text_answer(description: str, example: str) -> dict[str, Any]:
+    """Plain text."""
+    content = {"schema": {"type": "string"}, "examples": {"example 1": {"value": example}}}
+    return {"description": description, "content": {"text/plain": content}}
 
 
 def bytes_answer(description: str, **headers: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from genpulse.tasks import queues
 from genpulse.telemetry import metrics
 from genpulse.telemetry.metrics import Sample
 from genpulse.web.api import ROUTES
+from genpulse.web.contract import text_answer
 from genpulse.web.service import service
 
 __all__: list[str] = []
@@ -22,7 +23,13 @@ LOOK_BACK_S = 600.0
 """Ended tasks are counted at a scrape; of what ended longer before it nothing is counted any more."""
 
 
-@ROUTES.add("GET", "/metrics", documented=False, scope="admin")
+@ROUTES.add(
+    "GET",
+    "/metrics",
+    tag="System",
+    answers={200: text_answer("Prometheus' text format.", "genpulse_ledger_up 1.0\n")},
+    scope="admin",
+)
 def read_metrics() -> Response:
     """Answer Prometheus. With the ledger away it is what this API counted itself."""
     try:

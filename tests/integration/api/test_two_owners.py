@@ -84,6 +84,7 @@ HAS_NO_OWNER = {
     ("GET", "/health"),
     ("GET", "/ready"),
     ("GET", "/status"),
+    ("GET", "/metrics"),
     ("GET", "/task-types"),
     ("GET", "/openapi.json"),
     ("GET", "/docs"),
@@ -115,6 +116,7 @@ def list_tasks(has: Belongings, call: Any) -> Iterator[Any]:
     ]
     query += [f"?cursor={task_id}" for task_id in has.tasks.values()]
     query += [f"?metadata[who]=secret-of-{has.call.owner}"]
+    query += [f"?batch_id={batch}" for batch in has.batches]
     for each in query:
         yield call("GET", f"/task{each}")
 
