@@ -28,7 +28,7 @@ from genpulse.model import Task, TaskStatus
 from genpulse.tasks.views import ProgressDetail
 from genpulse.web import schemas
 from genpulse.web.answers import link
-from genpulse.web.api import ROUTES, _task, _view, connection
+from genpulse.web.api import ROUTES, _known, _task, _view, connection
 from genpulse.web.contract import empty_answer, events_answer
 from genpulse.web.problems import Problem
 from genpulse.web.service import service
@@ -159,18 +159,32 @@ def watch_task(path: schemas.TaskPath, query: EventsQuery, header: EventsHeaders
     A process holds so many watchers (`GENPULSE_MAX_WATCHERS`); beyond it this is 503 with `Retry-After`.
     """
     here = service()
-    task = _task(path.task_id)
     seen = Position.parse(header.last_event_id)
-    if task.status.is_final:
-        if seen is not None and seen.state == state_of(task):
-            return Response(status=204, headers={"Cache-Control": "no-store"})
-        return _answer(iter([Telling(task.id, seen).begin(task)]))
     watch = here.watchers.enter(
-        task.id,
+        _known(path.task_id),
         after=seen.log if seen is not None else None,
         connection=connection(),
         previews=query.preview,
     )
+    answer: Response | None = None
+    try:
+        task = _task(path.task_id)  # after the watch began, so that whatever comes later is told by it
+        answer = _begin(task, seen, watch)
+    finally:
+        if watch is not None:
+            if answer is None or not answer.is_streamed:
+                watch.close()
+            else:
+                # Not in the generator: one that was never started, as for HEAD, has no last line to run.
+                answer.call_on_close(watch.close)
+    return answer
+
+
+def _begin(task: Task, seen: Position | None, watch: Watch | None) -> Response:
+    if task.status.is_final:
+        if seen is not None and seen.state == state_of(task):
+            return Response(status=204, headers={"Cache-Control": "no-store"})
+        return _answer(Telling(task.id, seen).begin(task))
     if watch is None:
         raise Problem(
             503,
@@ -178,20 +192,13 @@ def watch_task(path: schemas.TaskPath, query: EventsQuery, header: EventsHeaders
             headers={"Retry-After": str(FULL_RETRY_S)},
             retryable=True,
         )
-    try:
-        # Read again: whatever happened after the watch began is told by it.
-        telling = Telling(task.id, seen, watch)
-        first = telling.begin(_task(path.task_id))
-        answer = _answer(stream_with_context(telling.run(first, here.settings.watch_s)))
-    except BaseException:
-        watch.close()
-        raise
-    # Not in the generator: one that was never started, as for HEAD, has no last line to run.
-    answer.call_on_close(watch.close)
-    return answer
+    watch.saw(task)
+    telling = Telling(task.id, seen, watch)
+    first = telling.begin(task)
+    return _answer(stream_with_context(telling.run(first, service().settings.watch_s)))
 
 
-def _answer(events: Iterator[bytes]) -> Response:
+def _answer(events: bytes | Iterator[bytes]) -> Response:
     return Response(
         events,
         content_type="text/event-stream",

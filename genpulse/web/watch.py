@@ -113,6 +113,10 @@ class Watch:
         """
         return self._topic.read()
 
+    def saw(self, task: Task) -> None:
+        """This reading was made after the watch began: only what differs from it is news."""
+        self._watchers.saw(self._topic, task)
+
     def until(self, enough: Callable[[Task], bool], wait_s: float) -> Task | None:
         """
         The task as soon as it is *enough*, else as it is after *wait_s* seconds.
@@ -127,6 +131,8 @@ class Watch:
         """
         ends = time.monotonic() + wait_s
         task = self._watchers.ledger.get(self._topic.task_id)  # later than the place in the log
+        if task is not None:
+            self.saw(task)
         owed = False
         while task is not None and not enough(task):
             left = ends - time.monotonic()
@@ -280,6 +286,12 @@ class Watchers:
                 self._reader.drop_previews(watch.task_id)
             if not self._taken:
                 self._busy.clear()
+
+    def saw(self, topic: _Topic, task: Task) -> None:
+        """See :meth:`Watch.saw`."""
+        with self._lock:
+            if topic.stamp is None:
+                topic.stamp = (task.status, task.attempt, task.updated_at)
 
     def close(self) -> None:
         """End all watches and the threads behind them. Nobody enters any more."""
