@@ -172,8 +172,8 @@ def test_each_line_of_a_request_carries_its_id(lone_api: Api, capfd: pytest.Capt
         logging.getLogger().setLevel(level)
     lines = capfd.readouterr().err
     assert answer.headers["X-Request-Id"] == "order-4711"
-    assert refused.json["instance"] == "urn:genpulse:request:order-4712"
-    assert odd.json["instance"].removeprefix("urn:uuid:") == odd.headers["X-Request-Id"]
+    assert refused.get_json()["instance"] == "urn:genpulse:request:order-4712"
+    assert odd.get_json()["instance"].removeprefix("urn:uuid:") == odd.headers["X-Request-Id"]
     told = [json.loads(line) for line in lines.splitlines() if '"request"' in line]
     first = told[0]
     assert first["request_id"] == "order-4711"
@@ -186,6 +186,6 @@ def test_each_line_of_a_request_carries_its_id(lone_api: Api, capfd: pytest.Capt
     assert first["ms"] > 0
     assert [each["request_id"] for each in told[1:]] == ["order-4712", odd.headers["X-Request-Id"]]
     assert "a secret wish" not in lines
-    task = lone_api.service.ledger.get(answer.json["task_id"])
+    task = lone_api.service.ledger.get(answer.get_json()["task_id"])
     assert task is not None
     assert task.request_id == "order-4711"
