@@ -141,7 +141,8 @@ def _late(facts: Facts, slack: float) -> list[Violation]:
             f"{each.kind} at {clock(each.since)}: {each.seconds:.1f} s until things moved again, "
             f"{each.seconds / (each.limit_s or 1):.1f} times the limit of {each.limit_s:g} s "
             f"(slack {slack:g}, other faults meanwhile {each.others_s:.1f} s; a sleep of 20 ms was up to "
-            f"{facts.lateness.worst_s(each.since, each.since + each.seconds):.2f} s late)",
+            f"{facts.lateness.worst_s(each.since, each.since + each.seconds):.2f} s late, and some process waited "
+            f"for a core {facts.lateness.waiting(each.since, each.since + each.seconds):.0f} % of the time)",
             each.task_id,
         )
         for each in facts.found

@@ -93,7 +93,10 @@ def summary(facts: Facts) -> list[str]:
 
 def _lateness(facts: Facts) -> str:
     median, worst = 1000 * facts.lateness.median_s(), 1000 * facts.lateness.worst_s()
-    return f"a sleep of 20 ms was late by {median:.0f} ms (median of each second's worst), {worst:.0f} ms at worst"
+    return (
+        f"some process waited for a core {facts.lateness.waiting():.0f} % of the time; a sleep of 20 ms was "
+        f"late by {median:.0f} ms (median of each second's worst), {worst:.0f} ms at worst"
+    )
 
 
 def _counts(counter: Counter[str]) -> str:

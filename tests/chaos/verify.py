@@ -212,21 +212,26 @@ def excuses(world: World, clients: Clients, seen: Evidence) -> Iterator[tuple[Ev
 
 def renderings(seen: Evidence) -> dict[str, list[Event]]:
     """
-    The renderings of each task, each with ``sent``, when its prompt was first submitted; in that order.
+    The renderings of each task, each with ``sent``, when its attempt sent it; in that order.
 
-    A prompt that waited on a frozen server may start after its successor on another one.
+    A prompt that waited on a frozen server, or in a network that held it up, may start after its
+    successor on another one. ``known`` is when its server had it.
     """
     found: dict[str, list[Event]] = defaultdict(list)
     for event in seen.events:
         if event["event"] == "started" and event["prompt_id"] in seen.owner:
-            sent = float(seen.by_prompt[event["prompt_id"]][0]["t"])
-            found[seen.owner[event["prompt_id"]]].append({**event, "sent": sent})
+            known = float(seen.by_prompt[event["prompt_id"]][0]["t"])
+            written = [each.submitted_at for each in seen.followers.get(event["prompt_id"], ())]
+            sent = min([known, *(at.timestamp() for at in written if at is not None)])
+            found[seen.owner[event["prompt_id"]]].append({**event, "sent": sent, "known": known})
     return {task_id: sorted(events, key=lambda event: event["sent"]) for task_id, events in found.items()}
 
 
 def _excuse(world: World, seen: Evidence, order: Order | None, first: Event, second: Event) -> str | None:
     """Why what *first* started had to be rendered again as *second*; ``None``: it had not."""
     server, began, again = str(first["server"]), float(first["sent"]), float(second["sent"])
+    if first["known"] > again:
+        return "its server did not have it yet"
     if any(began <= at <= again for at in world.deaths[server]):
         return "its server had died and forgotten it"
     for start, end in world.stalls[server]:

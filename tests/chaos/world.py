@@ -469,8 +469,10 @@ class World:
             server = self.cluster.simulators[name]
             step = ("submitted", "started", "node", "finished")[shot.fault.target % 4]
             self._set_faults(name, exit_at=step)
-            with contextlib.suppress(TimeoutError):
-                server.wait(_FIND_S)
+            ends, fed_at = time.monotonic() + _FIND_S, time.monotonic()
+            while server.alive() and time.monotonic() < ends:
+                fed_at = self._feed(fed_at, 1.0)
+                time.sleep(0.02)
             shot.fired_at = time.time()
             if server.alive():
                 self._set_faults(name, exit_at="")

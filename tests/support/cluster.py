@@ -109,6 +109,7 @@ class Cluster:
             {"GENPULSE_PORT": str(port)},
             url=self.url,
             probe=answers_http(f"{self.url}/health"),
+            ready_s=90.0,
         )
         self.started_at = time.monotonic()
         self.http = requests.Session()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 from collections import defaultdict
 from types import SimpleNamespace
@@ -143,6 +144,18 @@ def test_one_rendering_needs_no_reason() -> None:
 def test_a_second_rendering_needs_a_reason(changes: dict[str, Any], violations: int) -> None:
     """Its server died, was silent for long or refused, or had no live worker, when that was decided."""
     assert len(list(_rendered(world(**changes), clients(), seen(*AGAIN)))) == violations
+
+
+def test_what_arrives_late_was_not_there_to_be_adopted() -> None:
+    """A prompt that a broken network held up came to its server after the next one was sent."""
+    found = seen(*AGAIN)
+    for event in found.by_prompt["p1"]:
+        event["t"] += 15.0
+    found.followers["p1"][0] = dataclasses.replace(
+        found.followers["p1"][0], submitted_at=dt.datetime.fromtimestamp(10.0, dt.UTC)
+    )
+
+    assert list(_rendered(world(), clients(), found)) == []
 
 
 def test_a_handed_back_prompt_waits_for_its_worker() -> None:
