@@ -685,6 +685,14 @@ def api_options(function: Any) -> Any:
 @click.option(
     "-i", "--input", "inputs", multiple=True, metavar="NAME=VALUE", help="Set an input; may be repeated."
 )
+@click.option(
+    "-g",
+    "--grid",
+    "grid",
+    multiple=True,
+    metavar="NAME=VALUES",
+    help="Submit a task for each of these values; with several, for each combination.",
+)
 @click.option("--wait", is_flag=True, help="Wait until the task is final.")
 @click.option(
     "-o",
@@ -708,6 +716,7 @@ def api_options(function: Any) -> Any:
 def submit(
     workflow: Any,
     inputs: tuple[str, ...],
+    grid: tuple[str, ...],
     wait: bool,
     output: Path | None,
     timeout_s: float | None,
@@ -731,9 +740,17 @@ def submit(
     -i image=@cat.png       uploads the file first
     -i note=@@home          a text that starts with @
 
-    Prints the task's id, or with --output the saved files' paths.
+    \b
+    -g seed=1,2,3           a task for each value: a batch
+    -g seed=1..100          whole numbers, both ends included
+    -g prompt=@list.txt     each line of a file
+    -g 'prompt:=["a", "b"]' a JSON list
+
+    Prints the task's id, or with --output the saved files' paths. Of a batch it prints the batch's id,
+    and each task's files go to a folder of its own below --output.
     """  # noqa: D301 - the same
     graph = read_workflow(workflow)
+    values = dict(map(parse_grid, grid))
     console = stderr_console()
     with api(url, api_key) as client:
         bound = {name: bind(value, client) for name, value in map(parse_input, inputs)}
@@ -744,6 +761,20 @@ def submit(
         )
         extra = {"priority": priority, "timeout_s": render_timeout}
         body = {"task_type": task_type, "params": params} | {k: v for k, v in extra.items() if v is not None}
+        if values:
+            prefix = "inputs." if task_type in WORKFLOW_TYPES else ""
+            places = {prefix + name: found for name, found in values.items()}
+            accepted = client.submit_batch(
+                {"template": body, "grid": places}, idempotency_key=idempotency_key
+            )
+            batch_id = str(accepted["batch_id"])
+            if not (wait or output):
+                click.echo(json.dumps(accepted) if as_json else batch_id)
+                return
+            if not as_json:
+                console.print(f"batch {batch_id}: {accepted['total']} tasks", highlight=False)
+            see_batch_through(client, batch_id, console, output, timeout_s, as_json=as_json)
+            return
         accepted = client.submit(body, idempotency_key=idempotency_key)
         task_id = str(accepted["task_id"])
         if not (wait or output):
@@ -823,6 +854,95 @@ def print_events(client: Client, task_id: str) -> dict[str, Any]:
         if event.name == "done":
             return event.data
     return client.task(task_id)
+
+
+@cli.command()
+@click.argument("batch_id")
+@click.option("--cancel", is_flag=True, help="Cancel every task that is not final.")
+@click.option("--wait", is_flag=True, help="Wait until every task is final.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Save the outputs here, each task's in a folder of its own; implies --wait.",
+)
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(0), help="Seconds to wait; the tasks go on afterwards."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the batch as JSON, with all its tasks.")
+@api_options
+def batch(
+    batch_id: str,
+    cancel: bool,
+    wait: bool,
+    output: Path | None,
+    timeout_s: float | None,
+    as_json: bool,
+    url: str | None,
+    api_key: str | None,
+) -> None:
+    """Show how far a batch is, wait for it, or cancel it."""
+    with api(url, api_key) as client:
+        if cancel:
+            client.cancel_batch(batch_id)
+        if wait or output:
+            see_batch_through(client, batch_id, stderr_console(), output, timeout_s, as_json=as_json)
+            return
+        found = client.batch(batch_id)
+        if as_json:
+            click.echo(json.dumps({**found, "tasks": list(client.batch_tasks(batch_id))}))
+        else:
+            click.echo(f"{found['status']}: {counted(found)}")
+
+
+def see_batch_through(
+    client: Client,
+    batch_id: str,
+    console: Console,
+    output: Path | None,
+    timeout_s: float | None,
+    *,
+    as_json: bool,
+) -> None:
+    """Wait for a batch, save what its tasks made, and say how it ended; leave with 1 unless all completed."""
+    from genpulse.client import WaitTimeout
+    from genpulse.terminal import showing
+
+    try:
+        with showing(console, quiet=as_json) as show:
+            found = client.follow_batch(
+                batch_id,
+                timeout_s=timeout_s,
+                on_change=lambda read: show({**read, "progress_detail": {"class_type": counted(read)}}),
+            )
+    except WaitTimeout as error:
+        raise Failure(str(error), Exit.TIMEOUT) from error
+    except KeyboardInterrupt:
+        click.echo(f"no longer waiting; the tasks go on: genpulse batch {batch_id}", err=True)
+        raise
+    tasks = list(client.batch_tasks(batch_id)) if output or as_json else []
+    saved = [
+        path
+        for task in tasks
+        if output and task["status"] == "completed"
+        for path in save_outputs(client, client.task(task["task_id"]), output / f"{task['index']:04d}")
+    ]
+    if as_json:
+        click.echo(json.dumps({**found, "tasks": tasks, "saved": [str(path) for path in saved]}))
+    elif output:
+        for path in saved:
+            click.echo(str(path))
+    else:
+        click.echo(batch_id)
+    if found["status"] != "completed":
+        raise Failure(f"batch {batch_id} {found['status']}: {counted(found)}", Exit.FAILED)
+
+
+def counted(found: Mapping[str, Any]) -> str:
+    """The counts of a batch that are not zero: ``3 of 10 completed, 1 failed``."""
+    counts = {name: number for name, number in found["counts"].items() if number and name != "completed"}
+    shown = [f"{found['counts']['completed']} of {found['total']} completed"]
+    return ", ".join(shown + [f"{number} {name}" for name, number in counts.items()])
 
 
 def save_outputs(client: Client, task: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -1084,6 +1204,38 @@ def parse_input(text: str) -> tuple[str, Any]:
     except ValueError:
         return name, value
     return name, literal if literal is None or isinstance(literal, bool | int | float) else value
+
+
+def parse_grid(text: str) -> tuple[str, list[Any]]:
+    """
+    ``name=a,b``, ``name=1..9``, ``name=@file`` of lines, or ``name:=[json, …]``.
+
+    Raises:
+        click.UsageError: None of these.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip(":"):
+        msg = f"-g {text}: expected NAME=VALUES"
+        raise click.UsageError(msg)
+    if name.endswith(":"):
+        name, found = parse_input(text)
+        if not isinstance(found, list) or not found:
+            msg = f"-g {text}: expected a list with values behind :="
+            raise click.UsageError(msg)
+        return name, found
+    if value.startswith("@"):
+        try:
+            lines = Path(value[1:]).read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise click.UsageError(f"-g {text}: cannot read {value[1:]} ({error})") from error
+        return name, [line for line in lines if line.strip()]
+    if ends := re.fullmatch(r"(-?\d{1,18})\.\.(-?\d{1,18})", value):
+        first, last = int(ends[1]), int(ends[2])
+        if not 0 <= last - first < 1000:  # the API takes no more tasks than that
+            msg = f"-g {text}: expected 1 to 1,000 numbers"
+            raise click.UsageError(msg)
+        return name, list(range(first, last + 1))
+    return name, [parse_input(f"{name}={part}")[1] for part in value.split(",")]
 
 
 def bind(value: Any, client: Client) -> Any:

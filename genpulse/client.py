@@ -141,6 +141,99 @@ class Client:
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return self._insist(tries, "POST", "/task", json=dict(body), headers=headers)
 
+    def submit_batch(
+        self, body: Mapping[str, Any], *, idempotency_key: str | None = None, tries: int = 3
+    ) -> dict[str, Any]:
+        """
+        Hand in up to 1,000 tasks, all or none (``POST /task/batch``).
+
+        Args:
+            body: ``{"tasks": [{…}, …]}``, or ``{"template": {…}, "grid": {"inputs.seed": [1, 2, 3]}}``.
+
+        Returns:
+            ``batch_id``, ``task_ids`` in the order of the request, ``urls``, …
+
+        Raises:
+            ApiRefused: Nothing was recorded; the pointers say which task is to blame.
+            ApiUnreachable: No answer to any try. The batch may have been recorded.
+        """
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return self._insist(tries, "POST", "/task/batch", json=dict(body), headers=headers)
+
+    def batch(self, batch_id: str, *, limit: int = 0, cursor: str | None = None) -> dict[str, Any]:
+        """A batch as it is now, with a page of *limit* of its tasks."""
+        query = {"limit": str(limit), **({"cursor": cursor} if cursor else {})}
+        return self._json("GET", f"/batch/{batch_id}", params=query)
+
+    def batch_tasks(self, batch_id: str) -> Iterator[dict[str, Any]]:
+        """All tasks of a batch in the order of the request, read page by page."""
+        cursor = None
+        while True:
+            page = self.batch(batch_id, limit=200, cursor=cursor)
+            yield from page["tasks"]
+            if (cursor := page["next_cursor"]) is None:
+                return
+
+    def cancel_batch(self, batch_id: str) -> dict[str, Any]:
+        """Cancel every task of a batch that is not final."""
+        return self._json("POST", f"/batch/{batch_id}/cancel")
+
+    def follow_batch(
+        self,
+        batch_id: str,
+        *,
+        timeout_s: float | None = None,
+        on_change: Callable[[dict[str, Any]], None] | None = None,
+        poll_s: float = 1.0,
+        patience_s: float = 30.0,
+    ) -> dict[str, Any]:
+        """
+        Ask until every task of the batch is final.
+
+        Args:
+            timeout_s: How long to wait; for ever if ``None``.
+            on_change: Called with every reading, the last one included.
+            patience_s: How long the API may be away without this giving up.
+
+        Raises:
+            WaitTimeout: Not final within *timeout_s*.
+            ApiUnreachable: Away for longer than *patience_s*.
+            ApiRefused: No such batch (404), or the key is not accepted.
+        """
+        started = heard = time.monotonic()
+        while True:
+            try:
+                batch = self.batch(batch_id)
+            except ApiUnreachable:
+                if time.monotonic() - heard > patience_s:
+                    raise
+            else:
+                heard = time.monotonic()
+                if on_change:
+                    on_change(batch)
+                if batch["status"] in FINAL:
+                    return batch
+            if timeout_s is not None and time.monotonic() - started >= timeout_s:
+                msg = f"batch {batch_id} is not final after {timeout_s:g} s; it goes on"
+                raise WaitTimeout(msg)
+            time.sleep(poll_s)
+
+    def tasks(self, **filters: str) -> Iterator[dict[str, Any]]:
+        """
+        One's own tasks, newest first, read page by page (``GET /task``).
+
+        Args:
+            filters: As the contract has them: ``status="failed,canceled"``, ``task_type``,
+                ``batch_id``, ``created_after``, … and ``**{"metadata[key]": "value"}``.
+        """
+        query = {"limit": "200", **filters}
+        while True:
+            page = self._json("GET", "/task", params=query)
+            yield from page["tasks"]
+            if page["next_cursor"] is None:
+                return
+            query["cursor"] = page["next_cursor"]
+
     def retry(self, task_id: str, *, idempotency_key: str | None = None, tries: int = 3) -> dict[str, Any]:
         """
         Send a final task again, as a new one (``POST /task/{id}/retry``).
