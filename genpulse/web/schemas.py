@@ -104,7 +104,9 @@ CallbackUrl = Annotated[
     Field(max_length=2048, pattern=r"^https?://", json_schema_extra={"format": "uri"}),
     AfterValidator(_web_address),
 ]
-MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00]*$")]
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[^\x00]{1,64}$")]
+_ONLY_SUCH_KEYS: dict[str, Any] = {"additionalProperties": False}
+"""Beside the ``patternProperties`` that a pattern of keys becomes, which lets all other keys pass."""
 MetadataValue = Annotated[str, StringConstraints(max_length=500, pattern=r"^[^\x00]*$")]
 MAX_WAIT_S = 60
 """The longest long poll; proxies give up at about this age."""
@@ -132,7 +134,10 @@ class SubmitBody(_Request):
         None, ge=1, le=100, description="Attempts that may end in a retryable error."
     )
     metadata: dict[MetadataKey, MetadataValue] = Field(
-        default_factory=dict, max_length=50, description="The caller's own labels, given back as they are."
+        default_factory=dict,
+        max_length=50,
+        json_schema_extra=_ONLY_SUCH_KEYS,
+        description="The caller's own labels, given back as they are.",
     )
 
 
@@ -223,6 +228,7 @@ class ListQuery(BaseModel):
     metadata: dict[MetadataKey, MetadataValue] = Field(
         default_factory=dict,
         max_length=5,
+        json_schema_extra=_ONLY_SUCH_KEYS,
         description="`metadata[key]=value`: tasks whose metadata has all of these entries.",
     )
     batch_id: str | None = Field(None, pattern=UUID_PATTERN, description="Tasks of this batch.")
