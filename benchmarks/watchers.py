@@ -82,7 +82,7 @@ def watching(url: str, task_ids: list[str]) -> Iterator[Any]:
     )
     watcher.start()
     try:
-        wait_until(lambda: held.value >= len(task_ids), 60, message=f"{len(task_ids)} streams are open")
+        wait_until(lambda: held.value >= len(task_ids), 240, message=f"{len(task_ids)} streams are open")
         yield events
     finally:
         stop.set()

@@ -347,7 +347,8 @@ class Watchers:
             for task_id in task_ids:
                 topic = self._topics.get(task_id)
                 stamp = stamps.get(task_id, "deleted")
-                if topic is not None and topic.stamp != stamp:
+                # Without a stamp nobody has read it yet, and whoever does will say what was read.
+                if topic is not None and topic.stamp is not None and topic.stamp != stamp:
                     topic.stamp = stamp
                     topic.version += 1
                     changed += topic.watches
