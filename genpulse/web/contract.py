@@ -232,7 +232,15 @@ def _describe(parameter: dict[str, Any], model: type[BaseModel] | None) -> None:
         return
     found = model.model_json_schema()["properties"].get(parameter["name"])
     if found is not None and "$ref" not in json.dumps(found):
-        parameter["schema"] = {name: value for name, value in found.items() if name != "title"}
+        # A parameter that is not sent is ``None`` in the model; nobody can send "null".
+        sent = [each for each in found.get("anyOf", [{}]) if each.get("type") != "null"]
+        if len(sent) == 1:
+            found = {**sent[0], **{name: value for name, value in found.items() if name != "anyOf"}}
+        parameter["schema"] = {
+            name: value
+            for name, value in found.items()
+            if name != "title" and (name, value) != ("default", None)
+        }
     shown = parameter["schema"].pop("examples", None)
     parameter["example"] = shown[0] if shown else examples.PARAMETERS.get(parameter["name"])
     kind = parameter["schema"].get("type")
