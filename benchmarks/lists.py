@@ -37,13 +37,13 @@ def fill(ledger: Ledger, tasks: int) -> None:
         ledger.submit_batch(
             [
                 NewTask(
-                    task_type="rare" if number % 10_000 == 5000 else "comfyui",
+                    task_type="rare" if number % 10_000 == 6000 else "comfyui",
                     queue="comfy",
                     params={"workflow": {"1": "node"}, "inputs": {"seed": number}},
                     owner=owner,
                     metadata={
                         "project": f"p{number % 10}",
-                        "order": str(number // 10_000) if number % 10_000 == 7000 else f"x{number}",
+                        "order": str(number // 10_000) if number % 10_000 == 8000 else f"x{number}",
                     },
                 )
                 for number in range(start, min(start + 1000, tasks))

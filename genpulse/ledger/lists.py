@@ -24,7 +24,7 @@ from genpulse.model import Task, TaskStatus
 
 __all__ = ["SCANNED", "Lists", "Page"]
 
-SCANNED = 20_000
+SCANNED = 10_000
 """Tasks that one page looks at, at most."""
 
 _AT_A_TIME = 1000
@@ -36,7 +36,7 @@ _EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 _FIRST_ID, _LAST_ID = "00000000-0000-0000-0000-000000000000", "ffffffff-ffff-ffff-ffff-ffffffffffff"
 
 _Lead: TypeAlias = Callable[[str, int], sa.Select[Any]]
-"""Ids of candidates below an id, newest first, so many."""
+"""Candidates below an id, newest first, so many: ``id``, and whether it ``fits`` what the lead can tell."""
 
 
 class Page(NamedTuple):
@@ -82,14 +82,8 @@ class Lists(Batches):
         start = min(newest, before_id.lower()) if before_id else newest
         task = t.tasks.c
         rest: list[sa.ColumnElement[bool]] = []
-        if batch_id is not None:
-            lead = _of_batch(owner, batch_id.lower(), oldest)
-        elif digests:
-            lead = _labeled(digests.pop(), oldest)
-        else:
-            lead = _of_owner(owner, statuses, oldest)
-            statuses = ()
-        if statuses:
+        leads_by_status = batch_id is None and not digests
+        if statuses and not leads_by_status:
             rest.append(task.status.in_(sorted(statuses)))
         if task_type is not None:
             rest.append(task.task_type == task_type)
@@ -97,16 +91,24 @@ class Lists(Batches):
             rest.append(task.created_at > created_after)
         if created_before is not None:
             rest.append(task.created_at < created_before)
+        if batch_id is not None:
+            lead = _of_batch(owner, batch_id.lower(), oldest, rest)
+        elif digests:
+            lead = _labeled(digests.pop(), oldest)
+        else:
+            lead = _of_owner(owner, statuses, oldest, rest)
+        late = () if batch_id is not None or leads_by_status else rest
 
         def read(connection: sa.Connection) -> Page:
             found: list[str] = []
             below, looked_at, more = start, 0, True
             size = _AT_A_TIME if rest or digests else limit + 1
             while more and len(found) <= limit and looked_at < SCANNED:
-                ids = connection.execute(lead(below, size)).scalars().all()
-                found += _matching(connection, ids, rest, digests)
-                more, looked_at = len(ids) == size, looked_at + len(ids)
-                below = ids[-1] if ids else below
+                rows = connection.execute(lead(below, size)).all()
+                fitting = [row.id for row in rows if row.fits]
+                found += _matching(connection, fitting, late, digests)
+                more, looked_at = len(rows) == size, looked_at + len(rows)
+                below = rows[-1].id if rows else below
             page = found[:limit]
             query = sa.select(*_NARROW).where(task.id.in_(page)).order_by(task.id.desc())
             tasks = [task_from_row(row) for row in connection.execute(query).mappings()] if page else []
@@ -119,13 +121,19 @@ _NARROW = [column for column in t.tasks.c if column.name != "params"]
 """A page of tasks with large workflows would be many megabytes that nobody asked for."""
 
 
-def _of_owner(owner: str, statuses: Collection[TaskStatus], oldest: str) -> _Lead:
+def _fits(rest: Sequence[sa.ColumnElement[bool]]) -> sa.Label[Any]:
+    return (sa.and_(*rest) if rest else sa.literal(1)).label("fits")
+
+
+def _of_owner(
+    owner: str, statuses: Collection[TaskStatus], oldest: str, rest: Sequence[sa.ColumnElement[bool]]
+) -> _Lead:
     task = t.tasks.c
     each_of: list[list[sa.ColumnElement[bool]]] = [[task.status == each] for each in sorted(statuses)]
 
     def lead(below: str, size: int) -> sa.Select[Any]:
         lists = [
-            sa.select(task.id)
+            sa.select(task.id, _fits(rest))
             .where(task.owner == owner, *of_status, task.id >= oldest, task.id < below)
             .order_by(task.id.desc())
             .limit(size)
@@ -135,15 +143,15 @@ def _of_owner(owner: str, statuses: Collection[TaskStatus], oldest: str) -> _Lea
             return lists[0]
         # Each status is a range of the index; together they are in order once the newest of all are taken.
         together = sa.union_all(*(sa.select(each.subquery()) for each in lists)).subquery()
-        return sa.select(together.c.id).order_by(together.c.id.desc()).limit(size)
+        return sa.select(together).order_by(together.c.id.desc()).limit(size)
 
     return lead
 
 
-def _of_batch(owner: str, batch_id: str, oldest: str) -> _Lead:
+def _of_batch(owner: str, batch_id: str, oldest: str, rest: Sequence[sa.ColumnElement[bool]]) -> _Lead:
     task = t.tasks.c
     return lambda below, size: (
-        sa.select(task.id)
+        sa.select(task.id, _fits(rest))
         .where(task.batch_id == batch_id, task.owner == owner, task.id >= oldest, task.id < below)
         .order_by(task.id.desc())
         .limit(size)
@@ -154,7 +162,7 @@ def _labeled(digest: str, oldest: str) -> _Lead:
     """The owner is part of the digest."""
     entry = t.task_labels.c
     return lambda below, size: (
-        sa.select(entry.task_id)
+        sa.select(entry.task_id.label("id"), _fits(()))
         .where(entry.label == digest, entry.task_id >= oldest, entry.task_id < below)
         .order_by(entry.task_id.desc())
         .limit(size)

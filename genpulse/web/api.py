@@ -179,7 +179,7 @@ def list_tasks(query: schemas.ListQuery) -> Response:
     List one's own tasks, newest first.
 
     The filters are joined by "and"; several statuses by "or". Where filters leave little, a page may be
-    short or even empty and still have a `next_cursor`: no page looks at more than 20,000 tasks.
+    short or even empty and still have a `next_cursor`: no page looks at more than 10,000 tasks.
     """
     here = service()
     task_type = query.task_type
