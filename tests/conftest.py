@@ -31,6 +31,7 @@ pytest.register_assert_rewrite("tests.support")
 _HEAVY = ("e2e", "celery_nodes")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep tests that start whole deployments from running beside one another: they measure seconds."""
     here = Path(__file__).parent
