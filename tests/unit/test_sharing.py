@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -25,6 +26,16 @@ def test_what_comes_back_is_what_went_in(params: list[dict[str, Any]]) -> None:
     stored = json.loads(json.dumps([shared, own]))
 
     assert [json.dumps(join(stored[0], each)) for each in stored[1]] == [json.dumps(each) for each in params]
+
+
+@pytest.mark.parametrize("pair", [(1, True), (1, 1.0), (0.0, -0.0), ([1], [True]), ({"a": 0}, {"a": False})])
+def test_equal_is_not_the_same(pair: tuple[Any, Any]) -> None:
+    """JSON tells apart what Python calls equal."""
+    params = [{"x": {"y": value}} for value in pair]
+
+    shared, own = split(params)
+
+    assert [json.dumps(join(shared, each)) for each in own] == [json.dumps(each) for each in params]
 
 
 def test_a_workflow_is_stored_once_down_to_its_nodes() -> None:

@@ -165,11 +165,11 @@ class Api:
             return int(connection.execute(count).scalar_one())
 
 
-def build(ledger_url: str, data_dir: Path, **settings: Any) -> Api:
-    """An application of its own."""
+def build(ledger_url: str, data_dir: Path, *, registry: Registry | None = None, **settings: Any) -> Api:
+    """An application of its own; with the small task type alone if no *registry* is given."""
     known = {"redis_url": "redis://127.0.0.1:1/0", "max_upload_bytes": 4 * 2**20, "max_body_bytes": 64 * 1024}
     made = Settings.build(database_url=ledger_url, data_dir=data_dir, **known | settings)
-    app = create_app(made, registry=Registry([Echo]))
+    app = create_app(made, registry=registry or Registry([Echo]))
     app.after_request(_note_undocumented)
     return Api(app, app.test_client())
 

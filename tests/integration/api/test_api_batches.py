@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -10,7 +12,6 @@ import pytest
 
 from genpulse.tasks.batch import Grid
 from genpulse.tasks.registry import Registry
-from genpulse.web import create_app
 
 TASK: dict[str, Any] = {"task_type": "echo", "params": {"text": "hi"}}
 WORKFLOW: dict[str, Any] = {
@@ -171,12 +172,11 @@ def test_the_place_of_a_mistake_in_a_grid_is_found_for_each_combination() -> Non
 
 
 @pytest.fixture
-def real_api(lone_api: Any) -> Any:
+def real_api(build: Any, sqlite_ledger_url: str, tmp_path: Path) -> Iterator[Any]:
     """The API with the task types that are installed."""
-    lone_api.app = create_app(lone_api.service.settings, registry=Registry.load())
-    lone_api.client = lone_api.app.test_client()
-    yield lone_api
-    lone_api.service.ledger.close()
+    made = build(sqlite_ledger_url, tmp_path / "data", registry=Registry.load())
+    yield made
+    made.service.ledger.close()
 
 
 def test_the_inputs_of_a_workflow_are_checked_like_single_ones(real_api: Any) -> None:
