@@ -31,13 +31,10 @@ pytest.register_assert_rewrite("tests.support")
 _HEAVY = ("e2e", "celery_nodes")
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist's own hook reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Keep tests that start whole deployments from running beside one another: they measure seconds."""
-    here = Path(__file__).parent
-    for item in items:
-        if item.path.relative_to(here).parts[0] in _HEAVY:
-            item.add_marker(pytest.mark.xdist_group("deployments"))
+    if item.path.relative_to(Path(__file__).parent).parts[0] in _HEAVY:
+        item.add_marker(pytest.mark.xdist_group("deployments"))
 
 
 @pytest.fixture(scope="session")
