@@ -379,8 +379,7 @@ def demo(arguments: list[str]) -> int:
 def test(arguments: list[str]) -> int:
     """Run the tests on real services; arguments go on to pytest. Without any: all of them, in parallel."""
     if not arguments:
-        # Those that start many processes follow one another in one of them (tests/conftest.py groups them).
-        arguments = ["-n", "2", "--dist", "loadgroup"]
+        arguments = ["-n", "2"]  # tests/conftest.py says what goes together
     ensure("dev")
     fetch_chromium()
     if os.environ.get("CI", "").lower() == "true":

@@ -22,19 +22,37 @@ from genpulse.testing.services import FaultProxy, Postgres, S3Server, Service, S
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
+    from xdist.scheduler import LoadScopeScheduling
 
     from genpulse.testing.simulator import Simulator
 
 pytest.register_assert_rewrite("tests.support")
 
 
-_HEAVY = ("e2e", "celery_nodes")
+_HEAVY = ("tests/e2e/", "tests/celery_nodes/")
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """Keep tests that start whole deployments from running beside one another: they measure seconds."""
-    if item.path.relative_to(Path(__file__).parent).parts[0] in _HEAVY:
-        item.add_marker(pytest.mark.xdist_group("deployments"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """With ``-n``: a file is for one process, and all that starts whole deployments is for one too.
+
+    Deployments beside one another would measure each other's seconds. The plug-in's own groups do not
+    reach pytest 9.2, which keeps a test's id where they do not look for it.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):  # type: ignore[misc]  # the plug-in is untyped
+        def _split_scope(self, nodeid: str) -> str:
+            return "deployments" if nodeid.startswith(_HEAVY) else nodeid.partition("::")[0]
+
+    config.option.loadscopereorder = False  # by number of tests; the fewest of ours take the longest
+    return Scheduling(config, log)
+
+
+@pytest.hookimpl(trylast=True)  # after they were shuffled
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the deployments, so that no process has them left over at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_HEAVY))
 
 
 @pytest.fixture(scope="session")
