@@ -527,6 +527,25 @@ def test_a_long_poll_answers_when_the_task_ends(watched: Any) -> None:
     assert watched.client.get(f"/task/{task_id}?wait=60").json["status"] == "completed"
 
 
+def test_redis_alone_tells_at_once(lone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger is asked once in ten minutes here: what is seen was told."""
+    monkeypatch.setattr("genpulse.web.watch.LOOK_S", 600)
+    first, second = (lone.submit()["task_id"] for _ in range(2))
+    stream = Stream(lone, first)
+    stream.until("snapshot")
+    claim = lone.claim(first)
+    lone.worker.touch(first)
+    stream.until("status")
+    lone.finish(claim, ("a.png", b"png", "image/png"))
+    lone.worker.forget_progress(first)
+    threading.Timer(0.3, complete, (lone, second)).start()
+
+    polled = lone.client.get(f"/task/{second}?wait=50").json
+
+    assert polled["status"] == "completed"
+    assert stream.until_end() == ["snapshot", "status", "output", "done"]
+
+
 def test_a_long_poll_ends_in_time(lone: Any) -> None:
     """The task as it is then, with its ETag; 304 where the caller has that already."""
     task_id = lone.submit()["task_id"]
