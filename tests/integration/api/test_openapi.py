@@ -112,7 +112,7 @@ def operations(document: dict[str, Any]) -> list[dict[str, Any]]:
 def installed(lone_api: Any) -> dict[str, Any]:
     """The document with the task types that are installed."""
     app = create_app(lone_api.service.settings)
-    document: dict[str, Any] = app.test_client().get("/openapi.json").json
+    document: dict[str, Any] = app.test_client().get("/openapi.json").get_json()
     app.extensions["genpulse"].ledger.close()
     return document
 
