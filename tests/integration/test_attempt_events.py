@@ -36,7 +36,7 @@ def test_an_attempt_tells_its_progress_and_shows_previews_on_request(
         "1": {"class_type": "EmptyImage", "inputs": {"width": 64, "height": 64, "batch_size": 1, "color": 9}},
         "2": {
             "class_type": "SimSleep",
-            "inputs": {"image": ["1", 0], "seconds": 1.5, "steps": 15, "seed": 1},
+            "inputs": {"image": ["1", 0], "seconds": 1.5, "steps": 15, "seed": 1, "preview": True},
         },
         "3": save_image("2"),
     }
