@@ -320,7 +320,7 @@ def create_key(
 
     Keys of one owner see the same tasks. What was made while there was no key belongs to the owner
     `default`. Limits that are not given are those of the settings.
-    """  # noqa: D301 - the same
+    """  # noqa: D301 - click's own mark, a backspace
     from genpulse.ledger import mint
 
     text = mint()
@@ -748,7 +748,7 @@ def submit(
 
     Prints the task's id, or with --output the saved files' paths. Of a batch it prints the batch's id,
     and each task's files go to a folder of its own below --output.
-    """  # noqa: D301 - the same
+    """  # noqa: D301 - click's own mark, a backspace
     graph = read_workflow(workflow)
     values = dict(map(parse_grid, grid))
     console = stderr_console()
@@ -1038,7 +1038,7 @@ def retry(
     Each becomes a new task with the same request. A filter means failed tasks if it names no other
     status, and leaves those alone that have a retry already. Prints a line "<task> <its retry>" for
     each; exit code 5 if any could not be sent again.
-    """  # noqa: D301 - the same
+    """  # noqa: D301 - click's own mark, a backspace
     given = {
         "status": status,
         "error_code": error_code,

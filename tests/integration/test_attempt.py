@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,13 +22,10 @@ from genpulse.config import Settings
 from genpulse.ledger import Ledger
 from genpulse.ledger import tables as t
 from genpulse.live import Live
-from genpulse.model import Claim, Task, TaskStatus
-from genpulse.storage import LocalStorage
-from genpulse.tasks import render, runner, wiring
-from genpulse.tasks.heartbeat import Heartbeat
-from genpulse.tasks.presence import open_pool
-from genpulse.tasks.registry import default_registry
+from genpulse.model import Task, TaskStatus
+from genpulse.tasks import render, runner
 from tests.support import wait_until
+from tests.support.children import Child
 from tests.support.cluster import Workflow, simple, sleeping
 from tests.support.ledger import die, open_ledger, row_of, rows, run_sql, submit
 
@@ -38,89 +34,6 @@ if TYPE_CHECKING:
     from genpulse.testing.simulator import Simulator
 
 SERVER = "gpu1"
-
-
-class Child:
-    """
-    A worker child in a thread: its own ledger, storage, pool and heartbeat.
-
-    Args:
-        beats: Whether its heartbeat runs. Without it, it is never told that its lease is lost.
-        after: Done with the claim when the handler is through, before the attempt ends.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        name: str,
-        *,
-        beats: bool = True,
-        storage: Path | None = None,
-        after: Callable[[Claim], None] | None = None,
-    ) -> None:
-        self.draining = threading.Event()
-        self.said: dict[str, Any] | None = None
-        self._after = after
-        self._beats = beats
-        self._heartbeat = Heartbeat(settings, self.draining.is_set)
-        self._ledger = wiring.open_ledger(settings, pool_size=1)
-        self._pool = open_pool(settings)
-        self._pool.probe_all()
-        self._handlers = default_registry()
-        registry: Any = SimpleNamespace(get=self._handler)
-        self._runner = runner.Runner(
-            settings,
-            ledger=self._ledger,
-            storage=LocalStorage(storage or settings.assets_dir),
-            live=wiring.open_live(settings),
-            pool=self._pool,
-            registry=registry,
-            heartbeat=self._heartbeat,
-            worker=f"{name}@host:1",
-        )
-        if beats:
-            self._heartbeat.start()
-        self._thread: threading.Thread | None = None
-
-    def _handler(self, name: str) -> Any:
-        handler = self._handlers.get(name)
-
-        def execute(task: Task, context: runner.AttemptContext) -> Any:
-            made = handler.execute(task, context)
-            if self._after is not None:
-                self._after(context.claim)
-            return made
-
-        return SimpleNamespace(queue=handler.queue, execute=execute)
-
-    def start(self, task: Task) -> None:
-        """Run the task's next attempt in a thread."""
-
-        def run() -> None:
-            self.said = self._runner.run(task.id)
-
-        self._thread = threading.Thread(target=run, name="child", daemon=True)
-        self._thread.start()
-
-    def end(self, within_s: float = 10.0) -> str:
-        """Wait for the end of the attempt; the word that the runner has for it."""
-        assert self._thread is not None
-        self._thread.join(within_s)
-        assert not self._thread.is_alive(), "the attempt did not end"
-        assert self.said is not None, "the task was not to be had"
-        return str(self.said["status"])
-
-    def run(self, task: Task) -> str:
-        """:meth:`start` and :meth:`end`."""
-        self.start(task)
-        return self.end()
-
-    def close(self) -> None:
-        """Give everything back."""
-        if self._beats:
-            self._heartbeat.stop()
-        self._pool.close()
-        self._ledger.close()
 
 
 @pytest.fixture

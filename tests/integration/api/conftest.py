@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import secrets
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import Any, ClassVar, cast
 import pydantic
 import pytest
 import sqlalchemy as sa
+import structlog
 from flask import Flask, Response, current_app, request
 from flask.testing import FlaskClient
+from werkzeug.serving import make_server
 
 from genpulse.config import Settings
 from genpulse.ledger import KeyText, mint
@@ -233,3 +236,18 @@ def bearer() -> dict[str, str]:
 def build_fixture() -> Any:
     """Build another application: ``build(ledger_url, data_dir, **settings)``."""
     return build
+
+
+@pytest.fixture
+def url(lone_api: Any) -> Iterator[str]:
+    """The API over a real socket. What it logs is not part of what the command prints."""
+    before = structlog.get_config()
+    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
+    server = make_server("127.0.0.1", 0, lone_api.app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+    structlog.configure(**before)

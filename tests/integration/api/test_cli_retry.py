@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import structlog
 from click.testing import CliRunner, Result
-from werkzeug.serving import make_server
 
 from genpulse.cli import Exit, cli, instant
 from genpulse.client import ApiRefused, Client
-
-
-@pytest.fixture
-def url(lone_api: Any) -> Iterator[str]:
-    """The API over a real socket. What it logs is not part of what the command prints."""
-    before = structlog.get_config()
-    structlog.configure(logger_factory=structlog.ReturnLoggerFactory())
-    server = make_server("127.0.0.1", 0, lone_api.app, threaded=True)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
-    structlog.configure(**before)
 
 
 @pytest.fixture
