@@ -1,5 +1,5 @@
 """
-What a list costs among very many tasks, and a batch beside as many single submissions.
+What a list and a scrape cost among very many tasks, and a batch beside as many single submissions.
 
 The history is made by the ledger's own verbs in batches: half of it completed, a label that one in ten
 has, one that one in ten thousand has, and a rare task type.
@@ -97,6 +97,7 @@ def main() -> None:
                 connection.execute(sa.text("ANALYZE"))
         lists(ledger, options)
         submissions(settings, options)
+        scrapes(settings, options)
 
 
 def lists(ledger: Ledger, options: argparse.Namespace) -> None:
@@ -159,6 +160,29 @@ def submissions(settings: Settings, options: argparse.Namespace) -> None:
             ("1,000 × POST /task", f"{1000 * single:.2f}", "", "1.00"),
             ("a grid", f"{grid:.2f}", f"{grid_high:.2f}", f"{grid / (1000 * single):.2f}"),
             ("tasks one by one", f"{tasks:.2f}", f"{tasks_high:.2f}", f"{tasks / (1000 * single):.2f}"),
+        ],
+    )
+
+
+def scrapes(settings: Settings, options: argparse.Namespace) -> None:
+    """``GET /metrics`` with half of the history waiting, beside reading one task."""
+    client = create_app(settings).test_client()
+    task_id = client.get("/task?limit=1").get_json()["tasks"][0]["task_id"]
+
+    def read(path: str) -> None:
+        answer = client.get(path)
+        if answer.status_code != 200:
+            raise RuntimeError(answer.text)
+
+    one, one_high = figures(timed(lambda: read(f"/task/{task_id}"), 50))
+    read("/metrics")  # the first one counts what ended meanwhile
+    scrape, high = figures(timed(lambda: read("/metrics")))
+    show(
+        f"one request among {options.tasks:,} tasks, {options.database}",
+        ("", "median ms", "p95 ms", "ratio"),
+        [
+            ("GET /task/{id}", f"{1000 * one:.1f}", f"{1000 * one_high:.1f}", "1.0"),
+            ("GET /metrics", f"{1000 * scrape:.1f}", f"{1000 * high:.1f}", f"{scrape / one:.1f}"),
         ],
     )
 

@@ -40,7 +40,7 @@ KINDS = {
     "child frozen": (22.0, FROZEN_S),
     "worker frozen": (22.0, FROZEN_S),
     "comfy killed": (4.0, ABSENT_S),
-    "sockets muted": (2.5, 0.5),
+    "sockets muted": (4.0, 1.5),
     CANCEL: (20.0, 0.0),
     "valkey killed": (3.0, ABSENT_S),
     "valkey wiped": (3.0, 0.0),

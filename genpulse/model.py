@@ -86,6 +86,11 @@ class AttemptOutcome(enum.StrEnum):
     """Ended in a retryable error; counted towards ``max_attempts``."""
     STORAGE_FAILED = "storage_failed"
     """Rendered, but could not be stored; counted, and the finished prompt may be adopted."""
+    UNREACHABLE = "unreachable"
+    """
+    Its server could not be reached from its worker, and another worker reaches it; counted, and the
+    prompt may be adopted there.
+    """
     LOST = "lost"
     """Its worker vanished; counted towards ``GENPULSE_MAX_LOST``. The prompt may be adopted."""
     HANDED_BACK = "handed_back"
@@ -98,7 +103,14 @@ class AttemptOutcome(enum.StrEnum):
         return self in _LEAVES_PROMPT
 
 
-_LEAVES_PROMPT = frozenset({AttemptOutcome.STORAGE_FAILED, AttemptOutcome.LOST, AttemptOutcome.HANDED_BACK})
+_LEAVES_PROMPT = frozenset(
+    {
+        AttemptOutcome.STORAGE_FAILED,
+        AttemptOutcome.UNREACHABLE,
+        AttemptOutcome.LOST,
+        AttemptOutcome.HANDED_BACK,
+    }
+)
 
 
 class OutputKind(enum.StrEnum):

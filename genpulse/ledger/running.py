@@ -475,7 +475,7 @@ class Running(Lists):
 
         Args:
             delay_s: Wait before the next attempt.
-            outcome: ``retry``, or ``storage_failed`` if the finished prompt may be adopted.
+            outcome: ``retry``, or ``storage_failed`` or ``unreachable`` if the prompt may be adopted.
             leaves_prompt: The prompt may still be on its server.
             progress, stored: As :meth:`finish`.
 
@@ -701,6 +701,20 @@ class Running(Lists):
         rows = self._read(lambda connection: connection.execute(query).all())
         return [Stray(row.server, row.prompt_id, row.task_id, row.attempt) for row in rows]
 
+    def note_stray(self, fence: Fence, server: str, prompt_id: str) -> None:
+        """
+        An attempt that lost its task sent this prompt all the same: somebody at its server must stop it.
+
+        Nothing of the task is written, so no fence: if an adopter follows the prompt by now, it is left
+        alone until the task has ended.
+        """
+        self._write(lambda connection: self._insert_stray(connection, fence, server, prompt_id))
+
+    def forget_old_strays(self, older_than_s: float) -> int:
+        """Drop what was noted so long ago that its server has been restarted, or is there no more."""
+        statement = sa.delete(t.strays).where(t.strays.c.since < after(-older_than_s))
+        return self._write(lambda connection: connection.execute(statement).rowcount)
+
     def forget_stray(self, stray: Stray) -> None:
         """The prompt is gone from its server."""
         statement = sa.delete(t.strays).where(
@@ -832,17 +846,7 @@ class Running(Lists):
         ).first()
         connection.execute(sa.delete(t.leases).where(t.leases.c.claim == fence.claim))
         if stray and row is not None and row.prompt_id is not None:
-            connection.execute(
-                self._insert(t.strays)
-                .values(
-                    server=row.server,
-                    prompt_id=row.prompt_id,
-                    task_id=fence.task_id,
-                    attempt=fence.attempt,
-                    since=now(),
-                )
-                .on_conflict_do_nothing()
-            )
+            self._insert_stray(connection, fence, row.server, row.prompt_id)
         if stored and row is not None and outcome is not AttemptOutcome.COMPLETED:
             # It may be uploading even now, if it only lost its lease: hence the passes, and their times.
             connection.execute(
@@ -854,6 +858,19 @@ class Running(Lists):
                     due_at=after(REMOVAL_PASSES_S[0]),
                 )
             )
+
+    def _insert_stray(self, connection: sa.Connection, fence: Fence, server: str, prompt_id: str) -> None:
+        connection.execute(
+            self._insert(t.strays)
+            .values(
+                server=server,
+                prompt_id=prompt_id,
+                task_id=fence.task_id,
+                attempt=fence.attempt,
+                since=now(),
+            )
+            .on_conflict_do_nothing()
+        )
 
     def _update_task(self, connection: sa.Connection, fence: Fence, **values: Any) -> bool:
         """

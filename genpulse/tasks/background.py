@@ -112,11 +112,15 @@ class Background:
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
-        """Around ledger and Redis work: no fork happens meanwhile, if this process forks at all."""
+        """
+        Around ledger and Redis work: no fork happens meanwhile, if this process forks at all.
+
+        The work is then done on one connection to the ledger, closed at the end.
+        """
         if not self._forks:
             yield
             return
-        with fork_lock:
+        with fork_lock, self.ledger.together():
             yield
 
     def _heard(self, word: str) -> None:

@@ -37,6 +37,8 @@ log = structlog.get_logger("genpulse.presence")
 
 JANITOR_S = 0.5
 WATCH_S = 1.0
+OTHERS_FRESH_S = 8.0
+"""How old the word of another worker may be: it asks its servers every 2 s, and for 5 s at most."""
 UNOBEYED_S = 30.0
 """A prompt that goes on for so long although it was told to stop: its server may be dead behind its HTTP."""
 
@@ -140,23 +142,42 @@ class WorkerBackground(Background):
         if not self.settings.servers:
             return True
         known = set(self._queue_names())
-        healthy = bool(self._pool.healthy())
-        if healthy and self._paused:
-            names, self._paused = self._paused, set()
-            log.info("consuming_again", queues=sorted(names))
-            for name in names:
+        paused, reason = self._to_pause(known)
+        if again := self._paused - paused:
+            log.info("consuming_again", queues=sorted(again))
+            for name in again:
                 self._consumer.call_soon(self._consumer.add_task_queue, name)
-        elif not healthy and not self._paused:
-            names = {
-                name
-                for name in map(str, self._consumer.app.amqp.queues.consume_from)
-                if queues.describe(queues.base_queue(name)).on_servers
-            }
-            log.warning("not_consuming", reason="no healthy ComfyUI server", queues=sorted(names))
-            self._paused = names
+        if names := paused - self._paused:
+            log.warning("not_consuming", reason=reason, queues=sorted(names))
             for name in names:
                 self._consumer.call_soon(self._consumer.cancel_task_queue, name)
+        self._paused = paused
         return bool(known - self._paused)
+
+    def _to_pause(self, known: set[str]) -> tuple[set[str], str]:
+        """
+        Those of our queues whose tasks have no use for this worker now, and why.
+
+        With a server healthy that is the queue of one that another worker reaches and we do not: what
+        is bound to it has its prompt there. Of one that nobody reaches we go on to consume, so that
+        its tasks find out at once and go elsewhere.
+        """
+        healthy = {server.name for server in self._pool.healthy()}
+        if not healthy:
+            on_servers = {name for name in known if queues.describe(queues.base_queue(name)).on_servers}
+            return on_servers, "no healthy ComfyUI server"
+        if len(healthy) == len(self._pool.servers):
+            return set(), ""
+        try:
+            with self.quiet():
+                others = [info for info in self.ledger.workers(OTHERS_FRESH_S) if info.name != self._name]
+        except LedgerUnavailable:
+            return self._paused, "only another worker reaches the ComfyUI server"
+        reached = {str(server["name"]) for info in others for server in info.servers if server.get("healthy")}
+        return (
+            {name for name in known if name.partition("@")[2] in reached - healthy},
+            "only another worker reaches the ComfyUI server",
+        )
 
     def _watch_consumer(self) -> None:
         """Look whether Celery's consumer does what it is there for."""
@@ -186,26 +207,36 @@ class WorkerBackground(Background):
         names = [server.name for server in self.settings.servers]
         with self.quiet():
             strays = self.ledger.strays_on(names)
-        for stray in strays:
-            client = self._pool.client(stray.server)
+        if not strays:
+            return
+        healthy = {server.name for server in self._pool.healthy()}
+        away: set[str] = set()
+        for stray in sorted(strays, key=lambda each: each.server not in healthy):
+            if stray.server in away:
+                continue
             try:
-                seen = client.stop(stray.prompt_id, within_s=2.0)
-            except ComfyUnavailable as error:
-                gone = error.refused
-            else:
-                gone = seen.is_over
-                if seen.place is Place.RUNNING:
-                    self._mind_disobedience(stray)
-                elif seen.place is Place.FINISHED:
-                    with contextlib.suppress(
-                        ComfyUnavailable
-                    ):  # what is left of it in the history; a courtesy
-                        client.forget(stray.prompt_id)
+                gone = self._is_gone(stray)
+            except ComfyUnavailable:
+                # Also if it refuses: that may be so from here alone. Restarted, it says that it knows
+                # nothing of the prompt.
+                away.add(stray.server)
+                continue
             if gone:
                 self._disobeys_since.pop(stray.prompt_id, None)
                 log.info("stray_gone", server=stray.server, prompt_id=stray.prompt_id, task_id=stray.task_id)
                 with self.quiet():
                     self.ledger.forget_stray(stray)
+
+    def _is_gone(self, stray: Stray) -> bool:
+        """Tell the server to stop the prompt; whether it has."""
+        client = self._pool.client(stray.server)
+        seen = client.stop(stray.prompt_id, within_s=2.0)
+        if seen.place is Place.RUNNING:
+            self._mind_disobedience(stray)
+        elif seen.place is Place.FINISHED:
+            with contextlib.suppress(ComfyUnavailable):  # what is left of it in the history; a courtesy
+                client.forget(stray.prompt_id)
+        return seen.is_over
 
     def _mind_disobedience(self, stray: Stray) -> None:
         """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
+import datetime as dt
 import functools
 import hashlib
 import io
@@ -56,6 +57,9 @@ GONE_AFTER_S = 10.0
 STOP_WITHIN_S = 2.0
 SERVER_PATIENCE_S = 5.0
 """How long an attempt waits for a server of its worker to come back before it is handed back."""
+OTHERS_S = 8.0
+"""How long the other workers of a server may take to say what they see; they ask it every 2 s."""
+OTHERS_IF_REFUSED_S = 3.0
 FREE_S = 1.0
 """Between asking a server to free its memory and the next prompt: it does so when it is idle."""
 _VIEW_TRIES_S = (0.2, 0.5, 1.0, 2.0)
@@ -76,17 +80,18 @@ def render(context: AttemptContext, workflow: graph.Workflow) -> tuple[NewOutput
         StopAttempt: From ``context.check()``.
     """
     attempt = _Render(context, workflow)
-    with traces.span("comfyui render", kind="client") as told:
-        try:
-            finished = attempt.adopt() or attempt.submit()
-        except OutOfMemory:
-            attempt.free_server()
-            finished = attempt.submit(again_on=attempt.server)
-        if told is not None:
-            told.set_attribute("genpulse.server", attempt.server)
-            told.set_attribute("genpulse.prompt_id", attempt.prompt_id)
-    with traces.span("comfyui capture"):
-        return attempt.capture(finished)
+    with attempt.minding_the_road():
+        with traces.span("comfyui render", kind="client") as told:
+            try:
+                finished = attempt.adopt() or attempt.submit()
+            except OutOfMemory:
+                attempt.free_server()
+                finished = attempt.submit(again_on=attempt.server)
+            if told is not None:
+                told.set_attribute("genpulse.server", attempt.server)
+                told.set_attribute("genpulse.prompt_id", attempt.prompt_id)
+        with traces.span("comfyui capture"):
+            return attempt.capture(finished)
 
 
 class _Render:
@@ -103,6 +108,55 @@ class _Render:
     @property
     def client(self) -> ComfyClient:
         return self.context.pool.client(self.server)
+
+    # -- the road to the server ---------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def minding_the_road(self) -> Iterator[None]:
+        """When the server is lost with our prompt on it, find out whether it is lost for all or for us alone."""
+        try:
+            yield
+        except (PromptLost, ServerStalled):
+            raise
+        except ComfyUnavailable as error:
+            if self.prompt_id:
+                self.context.reached_elsewhere = self._another_reaches(self.server, refused=error.refused)
+            raise
+
+    def _another_reaches(self, server: str, *, refused: bool) -> bool:
+        """
+        Whether another worker has found a server well since it became unreachable from here.
+
+        A refused connection means that the server forgot its prompts, and a long silence is taken for
+        it; not so if only the road from here is broken. What the others wrote before now may be older
+        than that, so their next word counts. Nobody waits where no other worker serves the server.
+        """
+        context = self.context
+        node = context.worker.rpartition(":")[0]
+
+        def words() -> dict[str, tuple[dt.datetime, bool]]:
+            return {
+                worker.name: (worker.seen_at, bool(state["healthy"]))
+                for worker in context.insist(lambda: context.ledger.workers(OTHERS_S))
+                for state in worker.servers
+                if worker.name != node and state["name"] == server
+            }
+
+        old = words()
+        give_up_at = time.monotonic() + (OTHERS_IF_REFUSED_S if refused else OTHERS_S)
+        while old and time.monotonic() < give_up_at:
+            context.sleep(0.2)
+            new = {
+                name: healthy
+                for name, (seen_at, healthy) in words().items()
+                if name not in old or seen_at > old[name][0]
+            }
+            if any(new.values()):
+                context.log.info("server_reached_by_another_worker", server=server)
+                return True
+            if new.keys() >= old.keys():
+                return False
+        return False
 
     # -- adopt --------------------------------------------------------------------------------
 
@@ -126,7 +180,12 @@ class _Render:
         return None
 
     def _look_for(self, earlier: Attempt) -> Whereabouts | None:
-        """Where an earlier prompt is; ``None`` if its server is gone or silent for long."""
+        """
+        Where an earlier prompt is; ``None`` if its server is gone or silent for long.
+
+        Raises:
+            NoServer: That is so from here, and another worker reaches the server: the task goes there.
+        """
         client = self.context.pool.client(str(earlier.server))
         give_up_at = time.monotonic() + GONE_AFTER_S
         while True:
@@ -138,6 +197,9 @@ class _Render:
                 )
                 if error.refused or time.monotonic() > give_up_at:
                     self.context.pool.mark_away(str(earlier.server), "not reachable")
+                    if self._another_reaches(str(earlier.server), refused=error.refused):
+                        msg = "another worker reaches the server that has the prompt"
+                        raise NoServer(msg, go_to=str(earlier.server)) from error
                     return None
                 self.context.sleep(0.5)
 
@@ -288,6 +350,8 @@ class _Render:
                 else:
                     context.leaves_prompt = True
                 raise
+            finally:
+                self._own_up()
             self._post_uncertain = accepted.number is None or accepted.repeated
             if accepted.node_errors:
                 # The server runs the valid rest; a task is all of its workflow or nothing.
@@ -295,6 +359,20 @@ class _Render:
                 accepted.raise_for_node_errors()
             context.log.info("prompt_submitted", server=self.server, prompt_id=prompt_id)
             return self._follow(follower)
+
+    def _own_up(self) -> None:
+        """
+        If the task was taken over while the prompt was on its way, leave word of it and no more.
+
+        A process that was frozen right after it had made sure of its lease sends on its thaw what
+        nobody follows: whoever took over has looked for the prompt, and found none.
+        """
+        context = self.context
+        if not context.holds_lease():
+            if self.prompt_id:
+                context.log.warning("prompt_sent_too_late", server=self.server, prompt_id=self.prompt_id)
+                context.note_stray(self.server, self.prompt_id)
+            raise LeaseLost
 
     def _record(self, client_id: str, *, adopted: bool = False, finished: bool = False) -> None:
         context = self.context
@@ -353,9 +431,10 @@ class _Render:
             raise
         except PromptLost:
             raise
-        except ComfyUnavailable as error:
+        except ComfyUnavailable:
             context.pool.mark_away(self.server, "not reachable")
-            context.leaves_prompt = not error.refused
+            # Refused means forgotten, as far as this worker can tell; whoever reaches the server sees to it.
+            context.leaves_prompt = True
             raise
         self._judge(finished.entry)
         if self.socket_nodes and not finished.frames_complete:
@@ -400,8 +479,8 @@ class _Render:
         try:
             seen = self.context.pool.client(server).stop(prompt_id, within_s=STOP_WITHIN_S)
             self.context.leaves_prompt = not seen.is_over
-        except ComfyUnavailable as error:
-            self.context.leaves_prompt = not error.refused
+        except ComfyUnavailable:
+            self.context.leaves_prompt = True
 
     # -- capture ------------------------------------------------------------------------------
 

@@ -106,6 +106,8 @@ class AttemptContext:
     signals: Signals
     leaves_prompt: bool = False
     """A prompt of this attempt may still be on a server although the attempt ends."""
+    reached_elsewhere: bool = False
+    """The server cannot be reached from here, but from another worker, which may adopt the prompt."""
     rendered: bool = False
     run_s: float | None = None
     _running_since: float | None = None
@@ -139,10 +141,30 @@ class AttemptContext:
         ledger before it posts a prompt that nobody would follow.
         """
         self.check()
-        if time.monotonic() - self.signals.renewed_at > self.settings.lease_s / 2 and not self.insist(
-            lambda: self.ledger.still_held(self.claim.fence)
-        ):
+        if not self.holds_lease():
             raise LeaseLost
+
+    def holds_lease(self) -> bool:
+        """Whether the task is still this attempt's: asks the ledger if the heartbeat is not fresh."""
+        if self.signals.lost:
+            return False
+        if time.monotonic() - self.signals.renewed_at <= self.settings.lease_s / 2:
+            return True
+        try:
+            return self.insist(lambda: self.ledger.still_held(self.claim.fence), checked=False)
+        except LeaseLost:
+            return False
+
+    def note_stray(self, server: str, prompt_id: str) -> None:
+        """Leave word of a prompt that was sent although the task is another's by now."""
+        for pause in (*_STORE_TRIES_S, 0.0):
+            try:
+                self.ledger.note_stray(self.claim.fence, server, prompt_id)
+            except LedgerUnavailable as error:
+                self.log.warning("stray_not_noted", server=server, prompt_id=prompt_id, reason=str(error))
+                time.sleep(pause)
+            else:
+                return
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not past anything that :meth:`check` would raise."""
@@ -500,12 +522,14 @@ class Runner:
 
     def _failed_for_now(self, context: AttemptContext, error: GenPulseError) -> str:
         failures = sum(
-            each.outcome in {AttemptOutcome.RETRY, AttemptOutcome.STORAGE_FAILED}
+            each.outcome in {AttemptOutcome.RETRY, AttemptOutcome.STORAGE_FAILED, AttemptOutcome.UNREACHABLE}
             for each in self._history(context)
         )
         delay_s = backoff_s(error, failures)
         stored_badly = isinstance(error, StorageUnavailable) and context.rendered
         outcome = AttemptOutcome.STORAGE_FAILED if stored_badly else AttemptOutcome.RETRY
+        if context.reached_elsewhere:
+            outcome, delay_s = AttemptOutcome.UNREACHABLE, 0.0
         context.log.warning("attempt_failed", code=error.code, error=str(error), retry_in_s=round(delay_s, 1))
         return self._write(
             context,

@@ -36,6 +36,7 @@ OVERDUE_S = 5.0
 WORKER_FRESH_S = 15.0
 GONE_AFTER_S = 10.0
 _RARELY_S = 60.0
+_STRAY_KEPT_S = 7 * 86_400.0
 _CLEAR_S = 10.0
 _COLLECT_S = 10.0
 
@@ -243,6 +244,7 @@ class Sweeper:
         self._ledger.forget_expired_keys()
         self._ledger.forget_empty_batches()
         self._ledger.forget_old_workers()
+        self._ledger.forget_old_strays(_STRAY_KEPT_S)
         self._probe.collect()
 
 

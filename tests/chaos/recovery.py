@@ -43,7 +43,7 @@ _TAKEOVERS = frozenset(
     {
         "child killed", "worker killed", "child told to stop", "child frozen", "worker frozen", "deploy",
         "comfy killed", "comfy crashed", "comfy frozen", "comfy stalled", "comfy zombie",
-        "network refused", "prompt forgotten",
+        "network refused", "network halved", "prompt forgotten",
     }
 )  # fmt: skip
 _BROKER = frozenset(
@@ -54,7 +54,9 @@ _BROKER = frozenset(
 )  # fmt: skip
 _LEDGER = frozenset({"postgres killed", "postgres crashed"})
 _API = frozenset({"api killed", "api answers lost"})
-_GAVE_UP = frozenset({AttemptOutcome.LOST, AttemptOutcome.HANDED_BACK, AttemptOutcome.RETRY})
+_GAVE_UP = frozenset(
+    {AttemptOutcome.LOST, AttemptOutcome.HANDED_BACK, AttemptOutcome.UNREACHABLE, AttemptOutcome.RETRY}
+)
 _OTHERS_S = 8.0
 """How long a fault without a limit of its own may hold up another one's recovery once it is over."""
 _STEP_S = 0.1

@@ -7,10 +7,21 @@ import random
 from collections.abc import Collection
 from dataclasses import dataclass
 
-__all__ = ["KINDS", "SERVED", "SERVERS", "Fault", "Order", "plan_faults", "plan_orders", "stall_limit_s"]
+__all__ = [
+    "KINDS",
+    "SERVED",
+    "SERVERS",
+    "SHARED",
+    "Fault",
+    "Order",
+    "plan_faults",
+    "plan_orders",
+    "stall_limit_s",
+]
 
 SERVED = {"a": ("gpu1", "gpu2"), "b": ("gpu2", "gpu3"), "c": ("gpu4",)}
 """Which worker serves which ComfyUI servers; one of them is shared by two."""
+SHARED = "gpu2"
 SERVERS = ("gpu1", "gpu2", "gpu3", "gpu4")
 
 KINDS = {
@@ -34,6 +45,7 @@ KINDS = {
     "network cut": "every TCP connection of all workers to a ComfyUI server is reset, three times",
     "network stalled": "one worker's network to one ComfyUI server is a black hole",
     "network refused": "all workers' connections to a ComfyUI server are cut and refused; it runs on",
+    "network halved": "one of two workers is refused by the ComfyUI server that they share; it runs on",
     "api killed": "kill -9 of the API and its processes",
     "api answers lost": "requests to the API arrive, and their answers never do",
     "sweeper killed": "kill -9 of the separate sweeper",
@@ -127,7 +139,7 @@ def _length(rng: random.Random, kind: str, lease_s: float) -> float:
         return lease_s + rng.uniform(1.5, 5)
     if kind in _STALLED:
         return rng.uniform(3, 6)  # beyond the stall limit
-    if kind in {"valkey silent", "comfy frozen", "network stalled"}:
+    if kind in {"valkey silent", "comfy frozen", "network stalled", "network halved"}:
         return rng.uniform(0.5, 16)
     return rng.uniform(0.3, 5)
 

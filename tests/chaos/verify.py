@@ -259,7 +259,7 @@ def _ended_in_error(seen: Evidence, first: Event) -> bool:
 
 def _broke_socket(last: Attempt) -> bool:
     """Whether the attempt ended so that its socket ended with it, or says itself that pictures are missing."""
-    if last.outcome in {AttemptOutcome.LOST, AttemptOutcome.HANDED_BACK}:
+    if last.outcome in {AttemptOutcome.LOST, AttemptOutcome.HANDED_BACK, AttemptOutcome.UNREACHABLE}:
         return True
     return last.error is not None and "socket" in last.error.message
 

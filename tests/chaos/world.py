@@ -30,7 +30,7 @@ from genpulse.tasks.registry import task_name
 from genpulse.testing import services
 from genpulse.testing.services import FaultProxy, Postgres, Service, ServiceError
 from tests.chaos import audit
-from tests.chaos.schedule import FROZEN, SERVED, SERVERS, Fault
+from tests.chaos.schedule import FROZEN, SERVED, SERVERS, SHARED, Fault
 from tests.support.cluster import Cluster
 
 __all__ = ["Run", "Shot", "World"]
@@ -233,6 +233,7 @@ class World:
             "network cut": self._cut_network,
             "network stalled": self._stall_network,
             "network refused": self._refuse_network,
+            "network halved": self._halve_network,
             "api killed": lambda shot: self._kill(shot, "api", self.cluster.api, group=True),
             "api answers lost": self._lose_answers,
             "sweeper killed": lambda shot: self._kill(shot, "sweeper", self.sweeper),
@@ -593,6 +594,16 @@ class World:
             shot.hits = self._find(lambda run: run.server == name)
             shot.fired_at = time.time()
             with self._blocked(self._roads_to(name), refused=True):
+                time.sleep(shot.fault.length_s)
+            shot.back_at = time.time()
+
+    def _halve_network(self, shot: Shot) -> None:
+        with self._hold(shot, [SHARED], lambda run: str(run.server)) as name:
+            found = self._find(lambda run: run.server == name)
+            first = self.worker_named(found[0].worker) if found else self._roads_to(name)[0][0]
+            shot.hits = [run for run in found if self.worker_named(run.worker) == first]
+            shot.fired_at = time.time()
+            with self._blocked([(first, name)], refused=True):
                 time.sleep(shot.fault.length_s)
             shot.back_at = time.time()
 

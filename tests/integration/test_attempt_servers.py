@@ -8,23 +8,31 @@ siblings share their marks, as a worker's processes do.
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import requests
 
+from genpulse.comfy import follower
+from genpulse.comfy.client import ComfyClient
 from genpulse.config import Settings
 from genpulse.ledger import Ledger, ProcessSession
+from genpulse.ledger import tables as t
 from genpulse.model import AttemptOutcome, Task, TaskStatus
+from genpulse.tasks import render
 from genpulse.tasks.board import Board
+from genpulse.testing.services import FaultProxy
 from genpulse.testing.simulator import Simulator
 from tests.support import wait_until
 from tests.support.children import Child
 from tests.support.cluster import Workflow, simple, sleeping
-from tests.support.ledger import open_ledger, row_of, run_sql, submit
+from tests.support.ledger import open_ledger, row_of, rows, run_sql, submit
 
 
 @pytest.fixture
@@ -32,6 +40,13 @@ def ledger(sqlite_ledger_url: str) -> Iterator[Ledger]:
     """What is written here is tried on both databases by the ledger's own tests."""
     with open_ledger(sqlite_ledger_url, pool_size=2) as found:
         yield found
+
+
+@pytest.fixture
+def short_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server counts as away after two seconds of silence, not ten."""
+    monkeypatch.setattr(follower, "SILENT_SERVER_S", 2.0)
+    monkeypatch.setattr(render, "GONE_AFTER_S", 2.0)
 
 
 @pytest.fixture
@@ -83,6 +98,35 @@ def worker_of(ledger: Ledger, server: str, *, healthy: bool = True) -> Iterator[
     )
     yield
     session.release()
+
+
+@contextlib.contextmanager
+def presence_of(ledger: Ledger, server: str, *, healthy: Callable[[], bool]) -> Iterator[None]:
+    """The row of a live worker, written anew again and again as its heartbeat does it."""
+    stop = threading.Event()
+    session = ProcessSession(ledger)
+
+    def beat() -> None:
+        session.hold()
+        while not stop.wait(0.2):
+            ledger.register_worker(
+                name="second@host",
+                host="host",
+                pid=2,
+                queues=["comfy", f"comfy@{server}"],
+                servers=[{"name": server, "healthy": healthy(), "reason": ""}],
+                slots=2,
+                consuming=True,
+                session_key=session.key,
+                version="1",
+            )
+        session.release()
+
+    thread = threading.Thread(target=beat, name="presence", daemon=True)
+    thread.start()
+    yield
+    stop.set()
+    thread.join()
 
 
 def order(ledger: Ledger, workflow: Workflow, **values: Any) -> Task:
@@ -379,6 +423,144 @@ def test_a_post_whose_answer_was_lost_is_looked_up_and_not_repeated(
 
     assert logged(gpu1, "started") == [newest_prompt(ledger, task)]
     assert [outcome for outcome, _ in history(ledger, task)] == ["completed"]
+
+
+# -- a road that is broken for one worker alone -----------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["refuse", "blackhole"])
+@pytest.mark.usefixtures("short_silence")
+def test_a_prompt_is_adopted_by_the_worker_that_still_reaches_its_server(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child], mode: Any
+) -> None:
+    """It counts as an attempt, and nothing is rendered twice."""
+    gpu1 = start_server("gpu1")
+    task = order(ledger, sleeping(8))
+    with FaultProxy(gpu1.url) as road, presence_of(ledger, "gpu1", healthy=lambda: True):
+        first = hire("first", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}")})
+        first.start(task)
+        wait_until(lambda: logged(gpu1, "started"))
+        road.set_mode(mode)
+        assert first.end() == TaskStatus.PENDING
+        assert row_of(ledger, task)["bound_server"] == "gpu1"
+        assert row_of(ledger, task)["available_at"] <= dt.datetime.now(dt.UTC)
+
+        assert hire("second", {"gpu1": gpu1}).run(task) == TaskStatus.COMPLETED
+
+    assert history(ledger, task) == [("unreachable", "gpu1"), ("completed", "gpu1")]
+    assert len(logged(gpu1, "started")) == 1
+    assert logged(gpu1, "interrupted") == []
+
+
+@pytest.mark.usefixtures("short_silence")
+def test_a_finished_picture_is_fetched_by_the_worker_that_still_reaches_its_server(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child], tmp_path: Path
+) -> None:
+    """The road breaks between the end of the rendering and the download."""
+    gpu1 = start_server("gpu1")
+    full = tmp_path / "full"
+    full.write_bytes(b"")  # a file, where a folder would be needed: storing is tried for a while
+    task = order(ledger, simple())
+    with FaultProxy(gpu1.url) as road, presence_of(ledger, "gpu1", healthy=lambda: True):
+        first = hire("first", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}")}, storage=full)
+        first.start(task)
+        wait_until(lambda: rows(ledger, t.attempts, t.attempts.c.rendered_at.is_not(None)))
+        road.set_mode("refuse")
+        assert first.end() == TaskStatus.PENDING
+
+        assert hire("second", {"gpu1": gpu1}).run(task) == TaskStatus.COMPLETED
+
+    assert history(ledger, task) == [("unreachable", "gpu1"), ("completed", "gpu1")]
+    assert len(logged(gpu1, "started")) == 1
+
+
+@pytest.mark.parametrize("others", ["nobody", "as cut off"])
+def test_a_server_that_nobody_reaches_has_forgotten_the_prompt(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child], others: str
+) -> None:
+    """The task is bound to nothing, and the prompt is noted to be stopped, should the server be there after all."""
+    gpu1 = start_server("gpu1")
+    task = order(ledger, sleeping(60))
+    with contextlib.ExitStack() as stack:
+        road = stack.enter_context(FaultProxy(gpu1.url))
+        if others != "nobody":
+            stack.enter_context(presence_of(ledger, "gpu1", healthy=lambda: False))
+        first = hire("first", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}")})
+        first.start(task)
+        wait_until(lambda: logged(gpu1, "started"))
+        road.set_mode("refuse")
+        began = time.monotonic()
+        assert first.end() == TaskStatus.PENDING
+        assert time.monotonic() - began < 5.0
+
+    assert row_of(ledger, task)["bound_server"] is None
+    assert history(ledger, task) == [("retry", "gpu1")]
+    assert [stray.prompt_id for stray in ledger.strays_on(["gpu1"])] == logged(gpu1, "started")
+
+
+@pytest.mark.usefixtures("short_silence")
+def test_a_worker_that_cannot_reach_a_prompts_server_leaves_it_to_the_one_that_can(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child]
+) -> None:
+    """It gives the task back uncounted, although it has another server of its own."""
+    gpu1, gpu2 = start_server("gpu1"), start_server("gpu2")
+    task = order(ledger, sleeping(8))
+    with FaultProxy(gpu1.url) as road, presence_of(ledger, "gpu1", healthy=lambda: True):
+        second = hire("second", {"gpu1": gpu1})
+        second.start(task)
+        wait_until(lambda: logged(gpu1, "started"))
+        second.draining.set()
+        assert second.end() == TaskStatus.PENDING
+        first = hire("first", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}"), "gpu2": gpu2})
+        road.set_mode("refuse")
+
+        assert again(ledger, first, task) == TaskStatus.PENDING
+        assert row_of(ledger, task)["bound_server"] == "gpu1"
+        assert again(ledger, hire("third", {"gpu1": gpu1}), task) == TaskStatus.COMPLETED
+
+    assert [outcome for outcome, _ in history(ledger, task)] == ["handed_back", "handed_back", "completed"]
+    assert len(logged(gpu1, "started")) == 1
+    assert logged(gpu2, "started") == []
+
+
+# -- a prompt that is sent by a loser ---------------------------------------------------------------
+
+
+def test_a_process_that_was_frozen_right_before_its_post_leaves_word_of_what_it_sent(
+    ledger: Ledger,
+    start_server: Callable[[str], Simulator],
+    hire: Callable[..., Child],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The lease was there when it looked, and is another's when the prompt arrives: somebody must stop it."""
+    gpu1 = start_server("gpu1")
+    task = order(ledger, simple())
+    deliver = ComfyClient.deliver
+    frozen, thawed = threading.Event(), threading.Event()
+
+    def freeze(self: ComfyClient, *arguments: Any, **values: Any) -> Any:
+        if not frozen.is_set():
+            frozen.set()
+            assert thawed.wait(20)
+        return deliver(self, *arguments, **values)
+
+    monkeypatch.setattr(ComfyClient, "deliver", freeze)
+    first = hire("first", {"gpu1": gpu1})
+    first.start(task)
+    assert frozen.wait(10)
+    ledger.end_lease_of("first@host:1", task.id)
+    (lease,) = ledger.stale_leases(60.0)
+    assert ledger.reap(lease, missed_s=60.0, max_lost=3) == TaskStatus.PENDING
+    assert hire("second", {"gpu1": gpu1}).run(task) == TaskStatus.COMPLETED
+    for stray in ledger.strays_on(["gpu1"]):  # as the janitor, who finds nothing of it on the server
+        ledger.forget_stray(stray)
+    thawed.set()
+
+    assert first.end() == "lost"
+
+    (sent,) = ledger.strays_on(["gpu1"])
+    assert sent.prompt_id in logged(gpu1, "submitted")
+    assert [outcome for outcome, _ in history(ledger, task)] == ["lost", "completed"]
 
 
 def prompt_of(ledger: Ledger, task: Task) -> str | None:

@@ -1310,6 +1310,37 @@ def test_a_ledger_that_is_away_says_so_and_works_again_when_it_is_back(
         assert len(rows(ledger, t.tasks)) == 1
 
 
+def test_a_pass_of_work_done_together_takes_one_connection_and_outlives_its_loss(ledger_url: str) -> None:
+    """In a process that keeps none: one for all of its statements, given back at the end."""
+    with open_ledger(ledger_url) as ledger, open_ledger(ledger_url) as other:
+        opened: list[Any] = []
+        closed: list[Any] = []
+        sa.event.listen(ledger.engine, "connect", lambda connection, _record: opened.append(connection))
+        sa.event.listen(ledger.engine, "close", lambda connection, _record: closed.append(connection))
+        with ledger.together():
+            task = submit(ledger)
+            with ledger.together():
+                assert see(ledger, task).status is PENDING
+            assert ledger.cancel(task.id) is not None
+            assert len(opened) == 1
+            assert see(other, task).status is CANCELED  # each was a transaction of its own
+            if ledger.is_postgresql:
+                run_sql(
+                    other,
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+                    " WHERE datname = current_database() AND pid <> pg_backend_pid()",
+                )
+            else:
+                opened[0].close()
+            with contextlib.suppress(LedgerUnavailable):
+                ledger.ping()
+            assert see(ledger, task).status is CANCELED
+        assert see(ledger, task).status is CANCELED
+
+    assert len(opened) == 3
+    assert len(closed) >= 2
+
+
 def test_a_restart_of_postgresql_costs_a_pooled_connection_no_error(
     postgres_ledger_url: str, fault_proxy: Callable[[str], FaultProxy]
 ) -> None:

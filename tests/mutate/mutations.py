@@ -82,6 +82,7 @@ LEDGER_TESTS = "tests/integration/test_ledger.py::"
 ATTEMPT_TESTS = "tests/integration/test_attempt.py::"
 SWEEPER_TESTS = "tests/integration/test_sweeper.py::"
 COLLECTOR_TESTS = "tests/integration/test_collector.py::"
+SERVERS_TESTS = "tests/integration/test_attempt_servers.py::"
 RETRY_TESTS = "tests/integration/api/test_api_retry.py::"
 RELAY_TESTS = "tests/integration/test_relay.py::"
 FORK_TESTS = "tests/integration/test_fork_rule.py::"
@@ -332,8 +333,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Edit(
                 "genpulse/tasks/background.py",
-                "        with fork_lock:\n            yield",
-                "        yield",
+                "        with fork_lock, self.ledger.together():\n            yield",
+                "        with self.ledger.together():\n            yield",
             ),
         ),
         (FORK_TESTS + "test_relay_and_sweeper_of_a_process_that_forks_work_under_the_lock",),
@@ -378,6 +379,28 @@ MUTATIONS: tuple[Mutation, ...] = (
             LEDGER_TESTS + "test_only_a_prompt_whose_end_nobody_saw_may_be_adopted",
             ATTEMPT_TESTS + "test_an_error_is_judged_once_and_never_adopted",
         ),
+    ),
+    Mutation(
+        "a-broken-road-is-taken-for-a-dead-server",
+        "One worker that cannot reach a server has its prompt rendered again, though another one could go on with it.",
+        (
+            Edit(
+                RENDER,
+                'context.log.info("server_reached_by_another_worker", server=server)\n                return True\n',
+                "return False\n",
+            ),
+        ),
+        (
+            SERVERS_TESTS + "test_a_prompt_is_adopted_by_the_worker_that_still_reaches_its_server",
+            SERVERS_TESTS + "test_a_finished_picture_is_fetched_by_the_worker_that_still_reaches_its_server",
+            SERVERS_TESTS + "test_a_worker_that_cannot_reach_a_prompts_server_leaves_it_to_the_one_that_can",
+        ),
+    ),
+    Mutation(
+        "sent-too-late-and-not-owned-up-to",
+        "A process that is frozen right before it sends its prompt renders it on its thaw, for nobody.",
+        (Edit(RENDER, "                context.note_stray(self.server, self.prompt_id)\n", ""),),
+        (SERVERS_TESTS + "test_a_process_that_was_frozen_right_before_its_post_leaves_word_of_what_it_sent",),
     ),
     Mutation(
         "loser-interrupts",
