@@ -24,7 +24,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from http.cookiejar import DefaultCookiePolicy
 from typing import IO, Any, Self, cast
@@ -297,13 +297,28 @@ class ComfyClient:
 
         Raises:
             WorkflowRejected: As in :meth:`submit`.
-            ComfyUnavailable: The server is away, or would not take the prompt twice.
+            ComfyUnavailable: The server is away, or would not take the prompt twice. ``refused`` only if
+                nobody was there from the start: after that the prompt may have arrived.
         """
         try:
             return self.submit(workflow, prompt_id=prompt_id, client_id=client_id, extra_data=extra_data)
         except ComfyUnavailable as error:
             if error.refused:
                 raise
+        try:
+            return self._deliver_again(workflow, prompt_id, client_id, extra_data)
+        except ComfyUnavailable as error:
+            if error.refused:
+                raise ComfyUnavailable(error.message) from error
+            raise
+
+    def _deliver_again(
+        self,
+        workflow: Mapping[str, Any],
+        prompt_id: str,
+        client_id: str,
+        extra_data: Mapping[str, Any] | None,
+    ) -> Accepted:
         if self.look(prompt_id).place is not Place.UNKNOWN:
             return Accepted(prompt_id)
         # A slow POST may still be on its way through the server: give it a moment before a second one.
@@ -522,6 +537,29 @@ class ComfyClient:
         """Declarations by class: of one class (``{}`` if unknown), or all of them (slow, large)."""
         path = "/object_info" if class_type is None else f"/object_info/{quote(class_type, safe='')}"
         return self._object(path)
+
+    def left_out(self, workflow: Mapping[str, Any], requested: Collection[str]) -> tuple[str, ...]:
+        """
+        The output nodes of a workflow that this server did not set out to run, as they were not valid.
+
+        Its answer to the POST says so and why. This is for a prompt whose answer nobody has read.
+
+        Args:
+            requested: :attr:`HistoryEntry.requested`.
+
+        Raises:
+            ComfyUnavailable: The server could not say which classes have outputs.
+        """
+        others = {
+            node_id: str(node.get("class_type"))
+            for node_id, node in workflow.items()
+            if node_id not in requested
+        }
+        makes_output = {
+            name: bool((self.object_info(name).get(name) or {}).get("output_node"))
+            for name in sorted(set(others.values()))
+        }
+        return tuple(node_id for node_id, name in others.items() if makes_output[name])
 
     # The door: everything foreign becomes ours below this line
 

@@ -117,6 +117,8 @@ class HistoryEntry:
     error: NodeFailure | None = None
     cached_nodes: tuple[str, ...] = ()
     raw_outputs: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    requested: tuple[str, ...] | None = None
+    """The output nodes that the server set out to run: without those that were not valid. ``None``: unknown."""
 
     @property
     def files(self) -> tuple[ServerOutput, ...]:
@@ -192,7 +194,16 @@ def parse_history(prompt_id: str, entry: Mapping[str, Any]) -> HistoryEntry:
         error=failure,
         cached_nodes=cached,
         raw_outputs=outputs,
+        requested=_requested(entry.get("prompt")),
     )
+
+
+def _requested(prompt: object) -> tuple[str, ...] | None:
+    # [number, id, workflow, extra_data, output nodes]; older and newer servers add to its end.
+    nodes = prompt[4] if isinstance(prompt, list) and len(prompt) > 4 else None
+    if not isinstance(nodes, list) or not all(isinstance(node, str) for node in nodes):
+        return None
+    return tuple(nodes)
 
 
 def _messages(found: object) -> Iterator[tuple[str, Mapping[str, Any]]]:

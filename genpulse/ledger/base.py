@@ -81,6 +81,14 @@ fork_lock = _ForkLock()
 
 FROZEN_TRANSACTION_S = 5.0
 """How long a transaction may wait for its own process (PostgreSQL); far below a lease."""
+_SERVER_SETTINGS = {
+    "statement_timeout": "15000",
+    "lock_timeout": "10000",
+    "timezone": "UTC",
+    # A process that is frozen, or whose host died, between two statements of a transaction keeps its
+    # row locks, and its task could be neither reaped nor canceled: the server ends it.
+    "idle_in_transaction_session_timeout": str(int(1000 * FROZEN_TRANSACTION_S)),
+}
 
 
 def connect(url: str, *, pool_size: int = 0, server_settings: bool = True) -> sa.Engine:
@@ -91,7 +99,8 @@ def connect(url: str, *, pool_size: int = 0, server_settings: bool = True) -> sa
         url: ``postgresql+psycopg2://…`` or ``sqlite:///file``; a missing folder is made.
         pool_size: Connections kept open. 0 opens and closes one for each transaction, which is
             what a process that forks must do: nothing is there to be inherited.
-        server_settings: Send time-outs when connecting. A transaction pooler refuses them.
+        server_settings: Send time-outs when connecting. A transaction pooler refuses them: then, and
+            without, each transaction sets its own, which is one more round trip.
     """
     parsed = sa.make_url(url)
     if parsed.drivername in {"postgres", "postgresql"}:
@@ -110,14 +119,38 @@ def connect(url: str, *, pool_size: int = 0, server_settings: bool = True) -> sa
         sa.event.listen(engine, "begin", _begin_sqlite)
         return engine
     arguments: dict[str, Any] = dict(_CONNECT_POSTGRESQL)
-    if server_settings:
-        # A process that is frozen, or whose host died, between two statements of a transaction keeps its
-        # row locks, and its task could be neither reaped nor canceled: the server ends it.
-        arguments["options"] = (
-            "-c statement_timeout=15000 -c lock_timeout=10000 -c timezone=UTC"
-            f" -c idle_in_transaction_session_timeout={int(1000 * FROZEN_TRANSACTION_S)}"
-        )
-    return sa.create_engine(parsed, connect_args=arguments, **pool)
+    engine = sa.create_engine(parsed, connect_args=arguments, **pool)
+    settings = _ServerSettings(sent=server_settings)
+    sa.event.listen(engine, "do_connect", settings.connect)
+    sa.event.listen(engine, "begin", settings.begin)
+    return engine
+
+
+class _ServerSettings:
+    """
+    Our time-outs on PostgreSQL: sent when connecting, or set in each transaction.
+
+    Source: PgBouncer's manual, ``ignore_startup_parameters``: it refuses a client that sends options.
+    """
+
+    def __init__(self, *, sent: bool) -> None:
+        self._sent = sent
+
+    def connect(self, dialect: Any, _record: Any, arguments: Any, parameters: dict[str, Any]) -> Any:
+        options = " ".join(f"-c {name}={value}" for name, value in _SERVER_SETTINGS.items())
+        if self._sent:
+            try:
+                return dialect.connect(*arguments, **parameters, options=options)
+            except dialect.loaded_dbapi.OperationalError as error:
+                if "startup parameter" not in str(error):
+                    raise
+                self._sent = False
+        return dialect.connect(*arguments, **parameters)
+
+    def begin(self, connection: sa.Connection) -> None:
+        if not self._sent and connection.get_execution_options().get("isolation_level") != "AUTOCOMMIT":
+            words = [f"SET LOCAL {name} = '{value}'" for name, value in _SERVER_SETTINGS.items()]
+            connection.exec_driver_sql("; ".join(words))
 
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:

@@ -45,8 +45,8 @@ class Waiting(NamedTuple):
 
     priorities: dict[str, list[int]]
     """By queue, the priorities that have unbound tasks."""
-    servers: frozenset[str]
-    """The servers that have bound tasks."""
+    bound: frozenset[tuple[str, str]]
+    """The (queue, server) that have bound tasks."""
 
 
 class Dispatching(Running):
@@ -56,7 +56,7 @@ class Dispatching(Running):
         """What has tasks in the outbox that may go now. One cheap read, for it is asked all the time."""
         task = t.tasks.c
         bound = (
-            sa.select(task.bound_server)
+            sa.select(task.queue, task.bound_server)
             .where(
                 task.status == TaskStatus.PENDING,
                 task.bound_server.is_not(None),
@@ -88,7 +88,7 @@ class Dispatching(Running):
             while (row := connection.execute(query, last).first()) is not None:
                 found.setdefault(row.queue, []).append(row.priority)
                 last = {"queue": row.queue, "priority": row.priority}
-            return Waiting(found, frozenset(connection.execute(bound).scalars()))
+            return Waiting(found, frozenset((row[0], row[1]) for row in connection.execute(bound)))
 
         return self._read(leap)
 
@@ -127,9 +127,9 @@ class Dispatching(Running):
         still = sa.select(t.tasks.c.id).where(t.tasks.c.id.in_(chosen), *may_go)
         return self._take(still.with_for_update(skip_locked=True))
 
-    def take_bound(self, servers: Collection[str]) -> list[Dispatch]:
-        """Take tasks that are bound to one of these servers, the ones that live workers serve."""
-        if not servers:
+    def take_bound(self, served: Collection[tuple[str, str]]) -> list[Dispatch]:
+        """Take bound tasks of these (queue, server), the ones that live workers consume."""
+        if not served:
             return []
         task = t.tasks.c
         bound = (
@@ -137,7 +137,7 @@ class Dispatching(Running):
             .where(
                 task.status == TaskStatus.PENDING,
                 task.dispatched_at.is_(None),
-                task.bound_server.in_(list(servers)),
+                sa.tuple_(task.queue, task.bound_server).in_(sorted(served)),
                 task.available_at <= now(),
             )
             .order_by(task.priority, task.created_at)
@@ -220,33 +220,38 @@ class Dispatching(Running):
             error=EXPIRED.as_dict(),
         )
 
-    def bound_servers(self) -> set[str]:
-        """The servers to which waiting tasks are bound."""
+    def bound(self) -> set[tuple[str, str]]:
+        """The (queue, server) to which waiting tasks are bound."""
         task = t.tasks.c
         query = (
-            sa.select(task.bound_server)
+            sa.select(task.queue, task.bound_server)
             .where(task.status == TaskStatus.PENDING, task.bound_server.is_not(None))
             .distinct()
         )
-        return set(self._read(lambda connection: connection.execute(query).scalars().all()))
+        rows = self._read(lambda connection: connection.execute(query).all())
+        return {(row[0], row[1]) for row in rows}
 
-    def release_bindings(self, live_servers: Collection[str], gone_servers: Collection[str] = ()) -> int:
+    def release_bindings(
+        self, served: Collection[tuple[str, str]], gone: Collection[tuple[str, str]] = ()
+    ) -> int:
         """
         Free tasks bound to a server that no live worker serves, once they have waited long enough.
 
         Args:
-            live_servers: Served by a live worker.
-            gone_servers: Dead for so long that they forgot every prompt: nothing is left to wait for.
+            served: The (queue, server) that a live worker consumes.
+            gone: Those whose server was dead for so long that it forgot every prompt: nothing is left
+                to wait for.
         """
         task = t.tasks.c
+        place = sa.tuple_(task.queue, task.bound_server)
         unserved = sa.and_(
-            task.bound_server.not_in(list(live_servers)),
+            place.not_in(sorted(served)),
             sa.or_(task.bound_until.is_(None), task.bound_until <= now()),
         )
         return self._sweep_pending(
             (
                 task.bound_server.is_not(None),
-                sa.or_(unserved, task.bound_server.in_(list(gone_servers))),
+                sa.or_(unserved, place.in_(sorted(gone))),
             ),
             bound_server=None,
             bound_until=None,

@@ -467,6 +467,7 @@ class Running(Lists):
         delay_s: float,
         outcome: AttemptOutcome = AttemptOutcome.RETRY,
         leaves_prompt: bool = False,
+        bind_to: str | None = None,
         progress: float | None = None,
         stored: bool = True,
     ) -> TaskStatus | None:
@@ -477,6 +478,7 @@ class Running(Lists):
             delay_s: Wait before the next attempt.
             outcome: ``retry``, or ``storage_failed`` or ``unreachable`` if the prompt may be adopted.
             leaves_prompt: The prompt may still be on its server.
+            bind_to: The server that has a prompt of the task, if it is not this attempt's own.
             progress, stored: As :meth:`finish`.
 
         Returns:
@@ -512,6 +514,7 @@ class Running(Lists):
                 fence,
                 delay_s=delay_s,
                 bound_for_s=delay_s if adoptable else None,
+                bind_to=bind_to,
                 failures=row["failures"] + 1,
                 error=error.as_dict(),
             )
@@ -665,11 +668,13 @@ class Running(Lists):
         Prompts on these servers that nobody waits for any more and that must be stopped.
 
         A stray of a task that is waiting for its adopter, or whose running attempt may still adopt
-        it, is left alone.
+        it, is left alone. So is one that any worker of its server may yet adopt: a task that is bound to
+        nothing any more goes to whoever claims it first.
         """
         if not servers:
             return []
-        stray, task, attempt = t.strays.c, t.tasks.c, t.attempts.c
+        stray, task, attempt, origin = t.strays.c, t.tasks.c, t.attempts.c, t.attempts.alias("origin")
+        adoptable = [outcome for outcome in AttemptOutcome if outcome.leaves_prompt]
         query = (
             sa.select(stray.server, stray.prompt_id, stray.task_id, stray.attempt)
             .outerjoin(t.tasks, task.id == stray.task_id)
@@ -679,6 +684,10 @@ class Running(Lists):
                     attempt.task_id == task.id, attempt.number == task.attempt, attempt.ended_at.is_(None)
                 ),
             )
+            .outerjoin(
+                origin,
+                sa.and_(origin.c.task_id == stray.task_id, origin.c.number == stray.attempt),
+            )
             .where(
                 stray.server.in_(list(servers)),
                 sa.or_(
@@ -686,7 +695,10 @@ class Running(Lists):
                     task.completed_at.is_not(None),
                     sa.and_(
                         task.status == TaskStatus.PENDING,
-                        sa.or_(task.bound_server.is_(None), task.bound_server != stray.server),
+                        sa.or_(
+                            sa.and_(task.bound_server.is_(None), origin.c.outcome.not_in(adoptable)),
+                            task.bound_server != stray.server,
+                        ),
                     ),
                     # A running attempt that has written down a prompt of its own will not adopt this one.
                     sa.and_(

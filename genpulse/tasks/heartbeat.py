@@ -175,13 +175,21 @@ class Heartbeat:
             self._ledger.close()
 
     def _beat(self) -> None:
-        self._session.hold()
-        self._holds.set()
         with self._lock:
             runs = dict(self._runs)
-        if not runs:
-            return
-        self._apply(runs, self._session.renew(runs.keys(), self._settings.lease_s))
+        try:
+            self._session.hold()
+            beats = self._session.renew(runs.keys(), self._settings.lease_s) if runs else {}
+        except LedgerUnavailable as error:
+            if not runs:
+                raise
+            # Behind a pooler the session has an address of its own, and a full database refuses one more
+            # connection: as long as there is any way to the ledger, the leases are kept by it.
+            beats = self._ledger.renew(runs.keys(), self._settings.lease_s)
+            log.warning("session_not_held", reason=str(error))
+        else:
+            self._holds.set()
+        self._apply(runs, beats)
 
     def _apply(self, runs: Mapping[str, tuple[Fence, Signals]], beats: Mapping[str, Beat]) -> None:
         for claim, (fence, signals) in runs.items():

@@ -72,6 +72,8 @@ class WorkerBackground(Background):
         self._pool: ServerPool = open_pool(settings)
         self._session = ProcessSession(self.ledger, settings.direct_url_if_any)
         self._paused: set[str] = set()
+        self._resuming: dict[str, int] = {}
+        """To be consumed again, and how often they were seen so: a cancel may still be on its way."""
         self._slots = 1
         self._disobeys_since: dict[str, float] = {}
         self._queues_seen = RunwayView(redis_client(settings.redis_url.get_secret_value(), timeout_s=1.0))
@@ -127,31 +129,38 @@ class WorkerBackground(Background):
         return self._slots
 
     def _queue_names(self) -> list[str]:
-        consumed = {str(name) for name in self._consumer.app.amqp.queues.consume_from}
-        return sorted(consumed | self._paused)
+        return sorted({*self._consumed(), *self._paused, *self._resuming})
+
+    def _consumed(self) -> set[str]:
+        return {str(name) for name in self._consumer.app.amqp.queues.consume_from}
 
     def _consume_if_healthy(self) -> bool:
         """
         Stop consuming the queues that need a ComfyUI server while none is healthy, and begin again.
 
-        Celery's consumer belongs to the main thread's loop: ``call_soon`` hands the change over.
+        Celery's consumer belongs to the main thread's loop: ``call_soon`` hands the change over. What
+        was handed over is lost if the broker breaks right then, so it is looked at again each time.
 
         Returns:
             Whether any queue is consumed.
         """
         if not self.settings.servers:
             return True
-        known = set(self._queue_names())
+        known, consumed = set(self._queue_names()), self._consumed()
         paused, reason = self._to_pause(known)
         if again := self._paused - paused:
             log.info("consuming_again", queues=sorted(again))
-            for name in again:
-                self._consumer.call_soon(self._consumer.add_task_queue, name)
         if names := paused - self._paused:
             log.warning("not_consuming", reason=reason, queues=sorted(names))
-            for name in names:
-                self._consumer.call_soon(self._consumer.cancel_task_queue, name)
+        seen = {name: times + (name in consumed) for name, times in self._resuming.items()} | dict.fromkeys(
+            again, 0
+        )
+        self._resuming = {name: times for name, times in seen.items() if times < 3 and name not in paused}
         self._paused = paused
+        for name in self._resuming.keys() - (consumed - again):
+            self._consumer.call_soon(self._consumer.add_task_queue, name)
+        for name in paused & consumed:
+            self._consumer.call_soon(self._consumer.cancel_task_queue, name)
         return bool(known - self._paused)
 
     def _to_pause(self, known: set[str]) -> tuple[set[str], str]:
@@ -173,9 +182,15 @@ class WorkerBackground(Background):
                 others = [info for info in self.ledger.workers(OTHERS_FRESH_S) if info.name != self._name]
         except LedgerUnavailable:
             return self._paused, "only another worker reaches the ComfyUI server"
-        reached = {str(server["name"]) for info in others for server in info.servers if server.get("healthy")}
+        reached = {
+            queues.server_queue(*place)
+            for info in others
+            if info.consuming
+            for place, well in queues.reach(info).items()
+            if well and place[1] not in healthy
+        }
         return (
-            {name for name in known if name.partition("@")[2] in reached - healthy},
+            known & reached,
             "only another worker reaches the ComfyUI server",
         )
 

@@ -145,6 +145,17 @@ def takes(worker: WorkerInfo, queue: str) -> bool:
     return not needs_server or any(server["healthy"] for server in worker.servers)
 
 
+def reach(worker: WorkerInfo) -> dict[tuple[str, str], bool]:
+    """
+    The server queues that a worker consumes, as (queue, server), and whether it reaches their server.
+
+    A server of which it knows by its settings, and whose queue it does not consume, is no use to a task.
+    """
+    healthy = {str(server["name"]): bool(server.get("healthy")) for server in worker.servers}
+    pairs = ((name.partition("@")[0], name.partition("@")[2]) for name in worker.queues)
+    return {(queue, server): healthy[server] for queue, server in pairs if server in healthy}
+
+
 def slots(queues: Sequence[str], servers: Sequence[str], configured: int = 0) -> int:
     """
     How many children a worker starts if ``-c`` does not say.

@@ -58,8 +58,8 @@ class Relay:
         if time.monotonic() < self._quiet_until:
             return 0
         workers = self._live_workers()
-        servers = {str(server["name"]) for worker in workers for server in worker.servers}
-        batch = schedule.next_batch(self._ledger, live_slots(workers), servers, self._max_running)
+        served = {pair for worker in workers for pair in queues.reach(worker)}
+        batch = schedule.next_batch(self._ledger, live_slots(workers), served, self._max_running)
         if not batch:
             return 0
         try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import base64
 import binascii
 import contextlib
-import datetime as dt
 import functools
 import hashlib
 import io
@@ -42,8 +41,9 @@ from genpulse.errors import (
     ServerStalled,
     StorageUnavailable,
     TaskCanceled,
+    WorkflowRejected,
 )
-from genpulse.model import Attempt, NewOutput
+from genpulse.model import Attempt, NewOutput, WorkerInfo
 from genpulse.tasks import queues
 from genpulse.tasks.runner import AttemptContext
 from genpulse.telemetry import traces
@@ -57,9 +57,12 @@ GONE_AFTER_S = 10.0
 STOP_WITHIN_S = 2.0
 SERVER_PATIENCE_S = 5.0
 """How long an attempt waits for a server of its worker to come back before it is handed back."""
-OTHERS_S = 8.0
+OTHERS_S = 3.0
 """How long the other workers of a server may take to say what they see; they ask it every 2 s."""
-OTHERS_IF_REFUSED_S = 3.0
+OTHERS_BUSY_S = 14.0
+"""The same of one that waits for an answer of another server first."""
+ROADS_TRIED = 5
+"""Attempts after which a prompt that none of them reached, although its server is well, is given up."""
 FREE_S = 1.0
 """Between asking a server to free its memory and the next prompt: it does so when it is idle."""
 _VIEW_TRIES_S = (0.2, 0.5, 1.0, 2.0)
@@ -104,6 +107,9 @@ class _Render:
         self.server = ""
         self.prompt_id = ""
         self._post_uncertain = False
+        self._adopted = False
+        self._stopped: set[str] = set()
+        """Prompts that this attempt stopped itself: their interruption is nobody's wish."""
 
     @property
     def client(self) -> ComfyClient:
@@ -118,12 +124,12 @@ class _Render:
             yield
         except (PromptLost, ServerStalled):
             raise
-        except ComfyUnavailable as error:
-            if self.prompt_id:
-                self.context.reached_elsewhere = self._another_reaches(self.server, refused=error.refused)
+        except ComfyUnavailable:
+            if self.prompt_id and not self.context.reached_elsewhere and self._another_reaches(self.server):
+                self.context.reached_elsewhere = self.server
             raise
 
-    def _another_reaches(self, server: str, *, refused: bool) -> bool:
+    def _another_reaches(self, server: str) -> bool:
         """
         Whether another worker has found a server well since it became unreachable from here.
 
@@ -132,30 +138,34 @@ class _Render:
         than that, so their next word counts. Nobody waits where no other worker serves the server.
         """
         context = self.context
-        node = context.worker.rpartition(":")[0]
+        node, place = context.worker.rpartition(":")[0], (context.task.queue, server)
 
-        def words() -> dict[str, tuple[dt.datetime, bool]]:
+        def others() -> dict[str, WorkerInfo]:
             return {
-                worker.name: (worker.seen_at, bool(state["healthy"]))
-                for worker in context.insist(lambda: context.ledger.workers(OTHERS_S))
-                for state in worker.servers
-                if worker.name != node and state["name"] == server
+                worker.name: worker
+                for worker in context.insist(lambda: context.ledger.workers(OTHERS_BUSY_S))
+                if worker.name != node and worker.consuming and place in queues.reach(worker)
             }
 
-        old = words()
-        give_up_at = time.monotonic() + (OTHERS_IF_REFUSED_S if refused else OTHERS_S)
-        while old and time.monotonic() < give_up_at:
+        old, began = others(), time.monotonic()
+        waited_for = set(old)
+        while waited_for:
             context.sleep(0.2)
-            new = {
-                name: healthy
-                for name, (seen_at, healthy) in words().items()
-                if name not in old or seen_at > old[name][0]
+            now = others()
+            spoken = {
+                name: worker
+                for name, worker in now.items()
+                if name not in old or worker.seen_at > old[name].seen_at
             }
-            if any(new.values()):
+            if any(queues.reach(worker)[place] for worker in spoken.values()):
                 context.log.info("server_reached_by_another_worker", server=server)
                 return True
-            if new.keys() >= old.keys():
-                return False
+            waited_s = time.monotonic() - began
+            waited_for = {
+                name
+                for name in (waited_for & now.keys()) - spoken.keys()
+                if waited_s < (OTHERS_BUSY_S if _waits_for_another(old[name], server) else OTHERS_S)
+            }
         return False
 
     # -- adopt --------------------------------------------------------------------------------
@@ -184,7 +194,8 @@ class _Render:
         Where an earlier prompt is; ``None`` if its server is gone or silent for long.
 
         Raises:
-            NoServer: That is so from here, and another worker reaches the server: the task goes there.
+            NoServer: That is so from here, and another worker reaches the server: the task goes there,
+                uncounted as long as it has not been passed on for too often.
         """
         client = self.context.pool.client(str(earlier.server))
         give_up_at = time.monotonic() + GONE_AFTER_S
@@ -197,7 +208,10 @@ class _Render:
                 )
                 if error.refused or time.monotonic() > give_up_at:
                     self.context.pool.mark_away(str(earlier.server), "not reachable")
-                    if self._another_reaches(str(earlier.server), refused=error.refused):
+                    # A server may be well and never answer for this one prompt: passed on and on, the
+                    # task would be no nearer to its end.
+                    passed_on = self.context.claim.fence.attempt - earlier.number
+                    if passed_on <= ROADS_TRIED and self._another_reaches(str(earlier.server)):
                         msg = "another worker reaches the server that has the prompt"
                         raise NoServer(msg, go_to=str(earlier.server)) from error
                     return None
@@ -213,6 +227,7 @@ class _Render:
             context.log.info(
                 "prompt_adopted", server=self.server, prompt_id=self.prompt_id, of=earlier.number
             )
+            self._adopted = True
             return self._follow(follower)
 
     # -- submit -------------------------------------------------------------------------------
@@ -247,7 +262,7 @@ class _Render:
 
     def _choose(self, again_on: str = "") -> None:
         context = self.context
-        self.prompt_id = ""
+        self.prompt_id, self._adopted = "", False
         context.check()
         give_up_at = time.monotonic() + SERVER_PATIENCE_S
         while True:
@@ -344,11 +359,12 @@ class _Render:
             context.confirm()
             try:
                 accepted = self.client.deliver(prepared, prompt_id=prompt_id, client_id=client_id)
+            except WorkflowRejected:
+                context.leaves_prompt = False
+                raise
             except ComfyUnavailable as error:
                 if error.refused:  # nobody was there to take it
-                    self.prompt_id = ""
-                else:
-                    context.leaves_prompt = True
+                    self.prompt_id, context.leaves_prompt = "", False
                 raise
             finally:
                 self._own_up()
@@ -391,10 +407,15 @@ class _Render:
 
     # -- follow -------------------------------------------------------------------------------
 
-    def _follow(self, follower: Follower) -> Finished:
+    def _follow(self, follower: Follower, *, waits: bool = True) -> Finished:
+        """
+        Follow the prompt to its end, and judge it.
+
+        Args:
+            waits: It may still be waiting behind others; false if it was seen running or over.
+        """
         context = self.context
         meter = ProgressMeter(self.workflow)
-        waits = True
 
         def check() -> None:
             context.check()
@@ -430,13 +451,15 @@ class _Render:
             self._stop(self.server, self.prompt_id)
             raise
         except PromptLost:
+            context.leaves_prompt = False
             raise
         except ComfyUnavailable:
-            context.pool.mark_away(self.server, "not reachable")
             # Refused means forgotten, as far as this worker can tell; whoever reaches the server sees to it.
-            context.leaves_prompt = True
+            context.pool.mark_away(self.server, "not reachable")
             raise
+        context.leaves_prompt = False
         self._judge(finished.entry)
+        self._insist_on_all(finished.entry)
         if self.socket_nodes and not finished.frames_complete:
             msg = "pictures were lost on the server's socket"
             raise PromptLost(msg)
@@ -454,13 +477,16 @@ class _Render:
             _ElsewhereError: It is out of the queue; another server may have it.
             ServerStalled: It could not be taken back.
         """
-        self.context.log.info("prompt_withdrawn", server=self.server, prompt_id=self.prompt_id)
-        self._stop(self.server, self.prompt_id)
-        if not self.context.leaves_prompt:
+        seen = self.client.look(self.prompt_id, timeout_s=5.0)
+        if seen.place is Place.PENDING:
+            self.context.log.info("prompt_withdrawn", server=self.server, prompt_id=self.prompt_id)
+            self._stop(self.server, self.prompt_id)
             seen = self.client.look(self.prompt_id, timeout_s=5.0)
-            if seen.place is Place.UNKNOWN:
-                raise _ElsewhereError
-            return self._follow(follower)  # it moved after all
+        if seen.place is Place.UNKNOWN or (seen.entry is not None and seen.entry.status == "interrupted"):
+            self.context.leaves_prompt = False
+            raise _ElsewhereError
+        if seen.place is not Place.PENDING:
+            return self._follow(follower, waits=False)  # it moved after all
         msg = "the server makes no progress"
         raise ServerStalled(msg)
 
@@ -470,12 +496,32 @@ class _Render:
             self.context.after_win(functools.partial(self.client.forget, self.prompt_id))
         try:
             entry.raise_for_status()
-        except ExecutionInterrupted:
+        except ExecutionInterrupted as error:
             self.context.check()  # if it was our own cancel or deadline, that is what it is called
+            if self._adopted or self.prompt_id in self._stopped:
+                # Not the wish of a person, as far as one can tell: an attempt before this one may have
+                # stopped it, or whoever cleared up after that one.
+                msg = "the prompt was stopped before it could be adopted"
+                raise PromptLost(msg) from error
             raise
+
+    def _insist_on_all(self, entry: HistoryEntry) -> None:
+        """
+        A server runs the valid part of a workflow and calls that success; a task is all of it or nothing.
+
+        The answer to the POST says so, and of an adopted prompt, or after a lost answer, nobody has read it.
+        """
+        if not (self._adopted or self._post_uncertain) or entry.requested is None:
+            return
+        if left_out := self.client.left_out(self.workflow, entry.requested):
+            first = left_out[0]
+            msg = f"parts of the workflow are not valid: the server left out {', '.join(left_out[:5])}"
+            self.context.after_win(functools.partial(self.client.forget, self.prompt_id))
+            raise WorkflowRejected(msg, node_id=first, class_type=str(self.workflow[first]["class_type"]))
 
     def _stop(self, server: str, prompt_id: str) -> None:
         """Stop a prompt by its id. If its end was not seen, somebody else will see to it."""
+        self._stopped.add(prompt_id)
         try:
             seen = self.context.pool.client(server).stop(prompt_id, within_s=STOP_WITHIN_S)
             self.context.leaves_prompt = not seen.is_over
@@ -546,6 +592,11 @@ class _Render:
                     raise
                 context.sleep(pause)
         raise AssertionError  # the loop returns or raises
+
+
+def _waits_for_another(worker: WorkerInfo, server: str) -> bool:
+    """Whether a worker has another server that does not answer, and so says late what it sees of this one."""
+    return any(not state["healthy"] for state in worker.servers if state["name"] != server)
 
 
 class _ElsewhereError(Exception):

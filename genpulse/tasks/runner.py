@@ -33,6 +33,7 @@ import structlog
 from genpulse.comfy.pool import ServerPool
 from genpulse.config import Settings
 from genpulse.errors import (
+    ComfyUnavailable,
     Draining,
     GenPulseError,
     InputRejected,
@@ -41,6 +42,7 @@ from genpulse.errors import (
     NoServer,
     ObjectNotFound,
     Permanent,
+    PromptLost,
     Retryable,
     StopAttempt,
     StorageUnavailable,
@@ -106,8 +108,8 @@ class AttemptContext:
     signals: Signals
     leaves_prompt: bool = False
     """A prompt of this attempt may still be on a server although the attempt ends."""
-    reached_elsewhere: bool = False
-    """The server cannot be reached from here, but from another worker, which may adopt the prompt."""
+    reached_elsewhere: str = ""
+    """The server that cannot be reached from here, but from another worker, which may adopt the prompt."""
     rendered: bool = False
     run_s: float | None = None
     _running_since: float | None = None
@@ -206,9 +208,13 @@ class AttemptContext:
         return {"progress": self._percent or None, "stored": self._stored > 0}
 
     def begin_prompt(self) -> None:
-        """A prompt is about to be followed, the first of this attempt or another one: no clock runs yet."""
+        """
+        A prompt is about to be followed, the first of this attempt or another one: no clock runs yet.
+
+        Whatever ends the attempt before the prompt's own end was seen leaves it on its server.
+        """
         self._running_since = None
-        self.leaves_prompt = False
+        self.leaves_prompt = True
 
     def preview(self, picture: bytes, content_type: str, node_id: str | None) -> None:
         """Show an unfinished picture to those who watch and asked for it, twice a second at most."""
@@ -526,7 +532,10 @@ class Runner:
             for each in self._history(context)
         )
         delay_s = backoff_s(error, failures)
-        stored_badly = isinstance(error, StorageUnavailable) and context.rendered
+        # A picture that could not be fetched is on its server as well as one that could not be stored.
+        stored_badly = context.rendered and (
+            isinstance(error, StorageUnavailable | ComfyUnavailable) and not isinstance(error, PromptLost)
+        )
         outcome = AttemptOutcome.STORAGE_FAILED if stored_badly else AttemptOutcome.RETRY
         if context.reached_elsewhere:
             outcome, delay_s = AttemptOutcome.UNREACHABLE, 0.0
@@ -539,6 +548,7 @@ class Runner:
                 delay_s=delay_s,
                 outcome=outcome,
                 leaves_prompt=context.leaves_prompt,
+                bind_to=context.reached_elsewhere or None,
                 **context.traces,
             ),
             outcome,

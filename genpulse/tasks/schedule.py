@@ -18,7 +18,7 @@ FLOOR = 2
 
 
 def next_batch(
-    ledger: Ledger, slots: Mapping[str, int], live_servers: Collection[str], max_running: int = 0
+    ledger: Ledger, slots: Mapping[str, int], served: Collection[tuple[str, str]], max_running: int = 0
 ) -> list[Dispatch]:
     """
     Take what the broker should hold next out of the outbox.
@@ -28,14 +28,14 @@ def next_batch(
 
     Args:
         slots: Live worker slots by queue.
-        live_servers: Names of the servers that a live worker serves; only their bound tasks go.
+        served: The (queue, server) that a live worker consumes; only their bound tasks go.
         max_running: Cap on the running tasks of one owner where no key says otherwise; 0 is none.
 
     Returns:
         The taken tasks, most urgent first. The caller sends them or puts them back.
     """
     waiting = ledger.waiting()
-    batch = ledger.take_bound(waiting.servers.intersection(live_servers))
+    batch = ledger.take_bound(waiting.bound.intersection(served))
     if not waiting.priorities:
         return batch
     runway = ledger.runway()

@@ -41,6 +41,10 @@ _CLEAR_S = 10.0
 _COLLECT_S = 10.0
 
 
+Place = tuple[str, str]
+"""A queue and a server: what a waiting task is bound to."""
+
+
 @dataclass(slots=True)
 class Swept:
     """What one pass did."""
@@ -73,7 +77,8 @@ class Sweeper:
         self._pinged_at: dt.datetime | None = None
         self._epoch: Epoch | None = None
         self._missing: dict[str, Dispatch] = {}
-        self._down_since: dict[str, float] = {}
+        self._down_since: dict[Place, float] = {}
+        self._known_queues: set[str] = set()
         self._rarely_at = time.monotonic()
         self._cleared_at = 0.0
         self._collected_at = time.monotonic()
@@ -126,39 +131,43 @@ class Sweeper:
         beating = {info.name for info in self._ledger.workers(MISSED_BEATS * self._settings.beat_s)}
         return [info for info, key in rows if key in alive or info.name in beating]
 
-    def _servers(self) -> tuple[set[str], set[str]]:
+    def _servers(self) -> tuple[set[Place], set[Place]]:
         """
-        The servers that live workers serve, and those that none of them reaches any more.
+        The server queues that live workers consume, and those whose server none of them reaches any more.
 
         A server that nobody reached for :data:`GONE_AFTER_S` is taken to have forgotten its prompts;
         its workers do not consume, so a task bound to it would wait for ever.
         """
-        healthy: dict[str, bool] = {}
+        healthy: dict[Place, bool] = {}
         for worker in self._live_workers():
-            for server in worker.servers:
-                name = str(server["name"])
-                healthy[name] = healthy.get(name, False) or bool(server.get("healthy"))
+            for place, well in queues.reach(worker).items():
+                healthy[place] = healthy.get(place, False) or well
         at = time.monotonic()
-        down = {name for name, well in healthy.items() if not well}
-        self._down_since = {name: self._down_since.get(name, at) for name in down}
-        gone = {name for name, since in self._down_since.items() if at - since >= GONE_AFTER_S}
+        self._known_queues |= {queue for queue, _ in healthy}
+        down = {place for place, well in healthy.items() if not well}
+        self._down_since = {place: self._down_since.get(place, at) for place in down}
+        gone = {place for place, since in self._down_since.items() if at - since >= GONE_AFTER_S}
         return healthy.keys() - gone, gone
 
-    def _clear_unserved(self, served: set[str]) -> None:
+    def _clear_unserved(self, served: set[Place]) -> None:
         """
         Delete what waits in the queue of a server that nobody serves and no waiting task is bound to.
 
         The task of such a message was freed, has ended, or runs elsewhere. Nobody would ever take it out.
+        A list of another application may have an "@" in its name too: only queues that a worker was
+        seen to consume count.
         """
         if time.monotonic() - self._cleared_at < _CLEAR_S:
             return
         self._cleared_at = time.monotonic()
         try:
-            waiting = self._view.server_queues()
+            waiting = {
+                name for name in self._view.server_queues() if queues.base_queue(name) in self._known_queues
+            }
             if not waiting:
                 return
-            needed = served | self._ledger.bound_servers()
-            unserved = {name for name in waiting if name.partition("@")[2] not in needed}
+            needed = served | self._ledger.bound()
+            unserved = waiting - {queues.server_queue(queue, server) for queue, server in needed}
             self._view.clear(unserved)
         except BrokerUnavailable:
             return

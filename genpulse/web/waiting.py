@@ -38,8 +38,8 @@ def wait_reason(task: Task, position: int | None) -> tuple[str, str] | None:
 def _bound(task: Task) -> tuple[str, str] | None:
     if task.bound_server is None:
         return None
-    served = {str(server["name"]) for worker in service().ledger.workers() for server in worker.servers}
-    if task.bound_server in served:
+    served = {place for worker in service().ledger.workers() for place in queues.reach(worker)}
+    if (task.queue, task.bound_server) in served:
         return "bound", f"The task goes on on the server {task.bound_server}, which has what it needs."
     return "bound", (
         f"The server {task.bound_server} has what the task needs, and no worker serves it just now; "

@@ -101,25 +101,32 @@ def worker_of(ledger: Ledger, server: str, *, healthy: bool = True) -> Iterator[
 
 
 @contextlib.contextmanager
-def presence_of(ledger: Ledger, server: str, *, healthy: Callable[[], bool]) -> Iterator[None]:
+def presence_of(
+    ledger: Ledger, server: str, *, healthy: Callable[[], bool], silent: str = "", every_s: float = 0.2
+) -> Iterator[None]:
     """The row of a live worker, written anew again and again as its heartbeat does it."""
     stop = threading.Event()
     session = ProcessSession(ledger)
 
     def beat() -> None:
         session.hold()
-        while not stop.wait(0.2):
+        servers = [server, silent] if silent else [server]
+        while True:
             ledger.register_worker(
                 name="second@host",
                 host="host",
                 pid=2,
-                queues=["comfy", f"comfy@{server}"],
-                servers=[{"name": server, "healthy": healthy(), "reason": ""}],
+                queues=["comfy", *(f"comfy@{name}" for name in servers)],
+                servers=[
+                    {"name": name, "healthy": name == server and healthy(), "reason": ""} for name in servers
+                ],
                 slots=2,
                 consuming=True,
                 session_key=session.key,
                 version="1",
             )
+            if stop.wait(every_s):
+                break
         session.release()
 
     thread = threading.Thread(target=beat, name="presence", daemon=True)
@@ -521,6 +528,165 @@ def test_a_worker_that_cannot_reach_a_prompts_server_leaves_it_to_the_one_that_c
     assert [outcome for outcome, _ in history(ledger, task)] == ["handed_back", "handed_back", "completed"]
     assert len(logged(gpu1, "started")) == 1
     assert logged(gpu2, "started") == []
+
+
+def test_a_prompt_that_nobody_gets_an_answer_for_is_passed_on_so_often_and_no_more(
+    ledger: Ledger,
+    start_server: Callable[[str], Simulator],
+    hire: Callable[..., Child],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A server may be well for all who look at it, and answer for everything but this prompt."""
+    monkeypatch.setattr(render, "ROADS_TRIED", 2)
+    gpu1, gpu2 = start_server("gpu1"), start_server("gpu2")
+    task = order(ledger, sleeping(60))
+    with FaultProxy(gpu1.url) as road, presence_of(ledger, "gpu1", healthy=lambda: True):
+        first = hire("first", {"gpu1": gpu1})
+        first.start(task)
+        wait_until(lambda: logged(gpu1, "started"))
+        first.draining.set()
+        assert first.end() == TaskStatus.PENDING
+        other = hire("other", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}"), "gpu2": gpu2})
+        road.set_mode("refuse")
+        for _ in range(2):
+            assert again(ledger, other, task) == TaskStatus.PENDING
+        other.start(task)
+        wait_until(lambda: logged(gpu2, "started"))
+
+    assert [outcome for outcome, _ in history(ledger, task)[:3]] == ["handed_back"] * 3
+    assert [stray.prompt_id for stray in ledger.strays_on(["gpu1"])] == logged(gpu1, "started")
+    other.draining.set()
+
+
+def test_a_worker_that_speaks_late_because_of_another_server_is_waited_for(
+    ledger: Ledger,
+    start_server: Callable[[str], Simulator],
+    hire: Callable[..., Child],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It asks all its servers before it says anything, and one of them is silent."""
+    monkeypatch.setattr(render, "OTHERS_S", 0.5)
+    gpu1 = start_server("gpu1")
+    task = order(ledger, sleeping(8))
+    with (
+        FaultProxy(gpu1.url) as road,
+        presence_of(ledger, "gpu1", healthy=lambda: True, silent="gpu9", every_s=2.0),
+    ):
+        wait_until(ledger.workers)
+        first = hire("first", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}")})
+        first.start(task)
+        wait_until(lambda: logged(gpu1, "started"))
+        road.set_mode("refuse")
+        assert first.end() == TaskStatus.PENDING
+
+    assert history(ledger, task) == [("unreachable", "gpu1")]
+
+
+def test_a_finished_picture_is_fetched_later_by_the_only_worker_of_its_server(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child], tmp_path: Path
+) -> None:
+    """Its road breaks during the download: the next attempt adopts what is rendered."""
+    gpu1 = start_server("gpu1")
+    full = tmp_path / "full"
+    full.write_bytes(b"")  # a file, where a folder would be needed: storing is tried for a while
+    task = order(ledger, simple())
+    with FaultProxy(gpu1.url) as road:
+        servers = {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}")}
+        first = hire("first", servers, storage=full)
+        first.start(task)
+        wait_until(lambda: rows(ledger, t.attempts, t.attempts.c.rendered_at.is_not(None)))
+        road.set_mode("refuse")
+        assert first.end() == TaskStatus.PENDING
+        road.set_mode("pass")
+
+        assert again(ledger, hire("second", servers), task) == TaskStatus.COMPLETED
+
+    assert history(ledger, task) == [("storage_failed", "gpu1"), ("completed", "gpu1")]
+    assert len(logged(gpu1, "started")) == 1
+
+
+def test_a_prompt_whose_post_got_no_answer_before_the_road_broke_is_not_forgotten(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child]
+) -> None:
+    """It arrived, its answer did not, and then nobody was there to be asked: it may be rendering."""
+    gpu1, gpu2 = start_server("gpu1"), start_server("gpu2")
+    busy = hire("busy", {"gpu2": gpu2})
+    busy.start(order(ledger, sleeping(30)))
+    wait_until(lambda: logged(gpu2, "started"))
+    task = order(ledger, sleeping(60))
+    with FaultProxy(gpu1.url) as road:
+        road.delay_s = 0.4
+        road.set_mode("delay")
+        gpu1.faults(lose_answers_next=1)
+        child = hire("child", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}"), "gpu2": gpu2})
+        child.start(task)
+        wait_until(lambda: logged(gpu1, "submitted"), every_s=0.01)
+        road.set_mode("refuse")
+
+        assert child.end() == TaskStatus.PENDING
+
+    assert history(ledger, task) == [("retry", "gpu1")]
+    assert [stray.prompt_id for stray in ledger.strays_on(["gpu1"])] == logged(gpu1, "submitted")
+    busy.draining.set()
+
+
+def test_parts_that_a_server_left_out_fail_the_task_also_if_its_answer_was_lost(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child]
+) -> None:
+    """The server runs the rest and calls it success; only the answer to the POST said what is missing."""
+    gpu1 = start_server("gpu1")
+    gpu1.faults(lose_answers_next=1)
+    whole = simple()
+    task = order(ledger, whole | {"99": {"class_type": "SaveImage", "inputs": {"filename_prefix": "x"}}})
+
+    assert hire("child", {"gpu1": gpu1}).run(task) == TaskStatus.FAILED
+
+    found = ledger.get(task.id)
+    assert found is not None
+    assert found.error is not None
+    assert (found.error.code, found.error.node_id) == ("invalid_workflow", "99")
+
+
+# -- interrupted by ourselves -----------------------------------------------------------------------
+
+
+def test_a_prompt_that_was_stopped_before_its_adoption_is_rendered_again_and_not_canceled(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child]
+) -> None:
+    """Nobody asked for a cancel: whoever cleared up was quicker than whoever adopts."""
+    gpu1 = start_server("gpu1")
+    task = order(ledger, sleeping(60))
+    first = hire("first", {"gpu1": gpu1})
+    first.start(task)
+    wait_until(lambda: logged(gpu1, "started"))
+    first.draining.set()
+    assert first.end() == TaskStatus.PENDING
+    second = hire("second", {"gpu1": gpu1})
+    second.start(task)
+    wait_until(lambda: len(rows(ledger, t.attempts, t.attempts.c.prompt_id.is_not(None))) == 2)
+
+    ComfyClient(gpu1.url).stop(logged(gpu1, "started")[0])
+
+    assert second.end() == TaskStatus.PENDING
+    assert [outcome for outcome, _ in history(ledger, task)] == ["handed_back", "retry"]
+
+
+def test_a_prompt_that_begins_while_it_is_to_be_withdrawn_is_left_alone(
+    ledger: Ledger, start_server: Callable[[str], Simulator], hire: Callable[..., Child]
+) -> None:
+    """The server counts as stuck, and moves on: what was said to wait in vain renders already."""
+    gpu1 = start_server("gpu1")
+    child = hire("child", {"gpu1": gpu1})
+    child.run(order(ledger, simple()))
+    gpu1.faults(mute_sockets=True)
+    task = order(ledger, sleeping(2))
+    child.start(task)
+    wait_until(lambda: len(logged(gpu1, "started")) == 2, every_s=0.001)
+
+    child.pool.mark_bad("gpu1", "no progress", stuck_on="another prompt")
+
+    assert child.end() == TaskStatus.COMPLETED
+    assert logged(gpu1, "interrupted") == []
 
 
 # -- a prompt that is sent by a loser ---------------------------------------------------------------

@@ -43,6 +43,7 @@ from tests.support.ledger import (
     submit,
     try_claim,
 )
+from tests.support.pooler import refusing_options
 
 PENDING, PROCESSING = TaskStatus.PENDING, TaskStatus.PROCESSING
 COMPLETED, FAILED, CANCELED = TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELED
@@ -780,11 +781,11 @@ def test_a_binding_is_freed_when_no_live_worker_serves_its_server(ledger: Ledger
             die(ledger, held)
         else:
             ledger.hand_back(held.fence, adopt_wait_s=60)
-    (first,) = [each for each in ledger.take_bound(["gpu1"]) if each.task_id == lost.id]
+    (first,) = [each for each in ledger.take_bound([("comfy", "gpu1")]) if each.task_id == lost.id]
     assert first.server == "gpu1"
 
-    assert ledger.release_bindings(["gpu1", "gpu2"]) == 0
-    assert ledger.release_bindings(["gpu2"]) == 1
+    assert ledger.release_bindings([("comfy", "gpu1"), ("comfy", "gpu2")]) == 0
+    assert ledger.release_bindings([("comfy", "gpu2"), ("thumbs", "gpu1")]) == 1
 
     assert see(ledger, lost).bound_server is None
     assert row_of(ledger, lost)["dispatched_at"] is None
@@ -802,10 +803,12 @@ def test_a_bound_task_goes_to_its_server_and_counts_on_no_runway(ledger: Ledger)
 
     waiting = ledger.waiting()
     assert waiting.priorities == {}
-    assert waiting.servers == {"gpu1"}
+    assert waiting.bound == ledger.bound() == {("comfy", "gpu1")}
     assert ledger.take("comfy", 3, 10) == []
-    assert ledger.take_bound([]) == ledger.take_bound(["gpu2"]) == []
-    assert [(each.task_id, each.server) for each in ledger.take_bound(["gpu1"])] == [(task.id, "gpu1")]
+    assert ledger.take_bound([]) == ledger.take_bound([("comfy", "gpu2"), ("thumbs", "gpu1")]) == []
+    assert [(each.task_id, each.server) for each in ledger.take_bound([("comfy", "gpu1")])] == [
+        (task.id, "gpu1")
+    ]
     assert ledger.runway() == {}
 
 
@@ -862,17 +865,35 @@ def test_an_adopted_prompt_is_no_stray(ledger: Ledger) -> None:
     assert [(row["prompt_id"], row["attempt"]) for row in rows(ledger, t.strays)] == [(name, 2)]
 
 
-@pytest.mark.parametrize("how", ["canceled", "poison", "released"])
+@pytest.mark.parametrize("how", ["canceled", "poison", "uncertain"])
 def test_a_stray_is_to_be_stopped_when_its_task_moved_on(ledger: Ledger, how: str) -> None:
-    """A cancel, an end as poison and a freed binding between two attempts also stop the GPU."""
+    """A cancel, an end as poison, and one that nobody may adopt, between two attempts also stop the GPU."""
     task = submit(ledger)
     held = claim(ledger, task)
     name = prompt(ledger, held)
-    die(ledger, held, max_lost=0 if how == "poison" else 3)
+    if how == "uncertain":
+        ledger.retry_later(held.fence, OOM, delay_s=0, leaves_prompt=True)
+    else:
+        die(ledger, held, max_lost=0 if how == "poison" else 3)
     if how == "canceled":
         ledger.cancel(task.id)
-    elif how == "released":
-        ledger.release_bindings([])
+
+    assert strays(ledger) == {name}
+
+
+def test_a_stray_outlives_the_binding_until_another_prompt_takes_its_place(ledger: Ledger) -> None:
+    """A worker of its server that is back before the task is claimed must not stop what it may adopt."""
+    task = submit(ledger)
+    held = claim(ledger, task)
+    name = prompt(ledger, held)
+    die(ledger, held)
+    assert ledger.release_bindings([]) == 1
+    assert strays(ledger) == set()
+
+    second = claim(ledger, task)
+    assert [each.prompt_id for each in second.predecessors] == [name]
+    assert strays(ledger) == set()
+    prompt(ledger, second, "gpu2")
 
     assert strays(ledger) == {name}
 
@@ -1341,6 +1362,27 @@ def test_a_pass_of_work_done_together_takes_one_connection_and_outlives_its_loss
     assert len(closed) >= 2
 
 
+@pytest.mark.parametrize("pooler", ["refuses options", "is said to be there"])
+def test_behind_a_pooler_each_transaction_has_our_time_outs(postgres_ledger_url: str, pooler: str) -> None:
+    """What may not be sent when connecting is set in the transaction, and goes with it."""
+    query = sa.text("SELECT name, setting FROM pg_settings WHERE name LIKE '%_timeout'")
+    with contextlib.ExitStack() as stack:
+        url, refused = stack.enter_context(refusing_options(postgres_ledger_url))
+        ledger = Ledger.connect(url, server_settings=pooler == "refuses options")
+        stack.callback(ledger.close)
+        ledger.ping()
+        ledger.ping()
+        with ledger.engine.connect() as connection:
+            inside = {row.name: row.setting for row in connection.execute(query)}
+
+    assert {name: inside[name] for name in ("lock_timeout", "statement_timeout")} == {
+        "lock_timeout": "10000",
+        "statement_timeout": "15000",
+    }
+    assert inside["idle_in_transaction_session_timeout"] == "5000"
+    assert refused == [False] * 3 if pooler == "is said to be there" else [True, False, False, False]
+
+
 def test_a_restart_of_postgresql_costs_a_pooled_connection_no_error(
     postgres_ledger_url: str, fault_proxy: Callable[[str], FaultProxy]
 ) -> None:
@@ -1399,7 +1441,7 @@ def test_storms_of_all_verbs_make_no_deadlock_and_leave_a_whole_ledger(ledger_ur
         ledger.renew([row["claim"] for row in rows(ledger, t.leases)], 15.0)
 
     def relay(ledger: Ledger, dice: random.Random) -> None:
-        batch = ledger.take_bound(["gpu1", "gpu2"]) + ledger.take("comfy", 3, 10)
+        batch = ledger.take_bound([("comfy", "gpu1"), ("comfy", "gpu2")]) + ledger.take("comfy", 3, 10)
         dice.shuffle(batch)
         ledger.put_back(batch)
 

@@ -34,6 +34,7 @@ from tests.support.ledger import OOM, open_ledger, output, run_sql
 
 MAX_ATTEMPTS, MAX_LOST = 3, 2
 SERVERS = ("gpu1", "gpu2")
+PLACES = [("comfy", server) for server in SERVERS]
 EXAMPLES = int(os.environ.get("GENPULSE_TEST_EXAMPLES", "30"))
 """More of them for a long search."""
 PENDING, PROCESSING = TaskStatus.PENDING, TaskStatus.PROCESSING
@@ -355,13 +356,13 @@ class TaskLife(RuleBasedStateMachine):
 
     def release_bindings(self, live: tuple[str, ...]) -> None:
         freed = [life for life in self.lives if life.status is PENDING and life.bound not in {None, *live}]
-        assert self.ledger.release_bindings(live) == len(freed)
+        assert self.ledger.release_bindings([("comfy", server) for server in live]) == len(freed)
         for life in freed:
             life.bound = None
 
     def relay(self) -> None:
         """Everything that may go is taken, and what the broker did not take is put back."""
-        batch = self.ledger.take("comfy", 3, 100) + self.ledger.take_bound(SERVERS)
+        batch = self.ledger.take("comfy", 3, 100) + self.ledger.take_bound(PLACES)
         assert {each.task_id for each in batch} <= {
             life.task_id for life in self.lives if life.status is PENDING
         }

@@ -16,11 +16,14 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from genpulse.config import Settings
 from genpulse.errors import LedgerUnavailable
 from genpulse.ledger import Ledger, ProcessSession, SessionProbe
+from genpulse.ledger import tables as t
+from genpulse.tasks.heartbeat import Heartbeat, Signals
 from genpulse.testing.services import FaultProxy
 from tests.support import wait_until
-from tests.support.ledger import claim, open_ledger, submit
+from tests.support.ledger import claim, open_ledger, rows, submit
 
 HOLD = """
 import os, sys, time
@@ -43,6 +46,34 @@ def ledger(ledger_url: str) -> Iterator[Ledger]:
     """A migrated ledger of this test alone."""
     with open_ledger(ledger_url) as found:
         yield found
+
+
+def test_leases_are_renewed_although_no_session_can_be_had(
+    postgres_ledger_url: str, valkey_url: str, tmp_path: Path
+) -> None:
+    """Behind a pooler the session has an address of its own; with that one away, everything else goes on."""
+    with FaultProxy(postgres_ledger_url) as direct, open_ledger(postgres_ledger_url) as ledger:
+        settings = Settings.build(
+            data_dir=tmp_path,
+            database_url=postgres_ledger_url,
+            database_direct_url=direct.url_of(postgres_ledger_url),
+            redis_url=valkey_url,
+            beat_s=0.2,
+        )
+        heartbeat = Heartbeat(settings, lambda: False)
+        heartbeat.start()
+        held = claim(ledger, submit(ledger), lease_s=2.0)
+        signals = Signals()
+        heartbeat.watch(held.fence, signals)
+        direct.set_mode("refuse")
+        time.sleep(3.0)
+        stale = ledger.stale_leases(1.5)
+        heartbeat.stop()
+        (lease,) = rows(ledger, t.leases)
+
+    assert stale == []
+    assert not signals.lost
+    assert lease["claim"] == held.fence.claim
 
 
 @contextlib.contextmanager

@@ -53,7 +53,9 @@ def make_sweeper(valkey_url: str) -> Iterator[Callable[..., Sweeper]]:
 
 
 @contextlib.contextmanager
-def worker(ledger: Ledger, *servers: str, healthy: bool = True) -> Iterator[ProcessSession]:
+def worker(
+    ledger: Ledger, *servers: str, healthy: bool = True, queue: str = "comfy"
+) -> Iterator[ProcessSession]:
     """A live worker of these servers: a fresh row, and a session that is held."""
     session = ProcessSession(ledger)
     session.hold()
@@ -61,7 +63,7 @@ def worker(ledger: Ledger, *servers: str, healthy: bool = True) -> Iterator[Proc
         name=f"w{session.key}",
         host="h",
         pid=1,
-        queues=["comfy"],
+        queues=[queue, *(f"{queue}@{name}" for name in servers)],
         servers=[{"name": name, "healthy": healthy, "reason": ""} for name in servers],
         slots=2,
         consuming=True,
@@ -266,6 +268,7 @@ def test_what_waits_for_a_server_that_nobody_serves_is_cleared(
             "comfy@gone\x06\x169",
             celerys_own,
             "comfy",
+            "mails@high",
         ):
             client.lpush(name, "{}")
         client.set("note@gone", "no list")
@@ -273,8 +276,24 @@ def test_what_waits_for_a_server_that_nobody_serves_is_cleared(
         sweeper.sweep()
 
         left = {key for key in client.scan_iter() if client.type(key) == "list"}
-        assert left == {"comfy@bound", "comfy@served", celerys_own, "comfy"}
+        assert left == {"comfy@bound", "comfy@served", celerys_own, "comfy", "mails@high"}
         assert client.get("note@gone") == "no list"
+
+
+def test_a_worker_that_knows_the_server_and_not_the_queue_holds_no_task(
+    ledger: Ledger, make_sweeper: Callable[..., Sweeper]
+) -> None:
+    """Two workers of one host have one file of settings; the one that consumes the queue has gone."""
+    sweeper = make_sweeper(ledger)
+    steady(sweeper)
+    held = hold(ledger, 1, lease_s=-1.0)
+    prompt(ledger, held, "gpu1")
+
+    with worker(ledger, "gpu1", queue="thumbs"):
+        swept = sweeper.sweep()
+
+    assert (swept.reaped, swept.released) == (1, 1)
+    assert row_of(ledger, held.task)["bound_server"] is None
 
 
 def test_a_sweeper_that_just_connected_frees_no_binding(

@@ -308,7 +308,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Edit(
                 RUNNING,
-                "sa.or_(task.bound_server.is_(None), task.bound_server != stray.server),",
+                "sa.and_(task.bound_server.is_(None), origin.c.outcome.not_in(adoptable)),",
                 "sa.true(),",
             ),
         ),
