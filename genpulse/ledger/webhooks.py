@@ -328,12 +328,9 @@ def _due(per_host: int, per_owner: int, at: dt.datetime | None) -> sa.Subquery:
     busy_hosts = (
         sa.select(tried.host).where(*is_tried).group_by(tried.host).having(sa.func.count() >= per_host)
     )
-    busy_owners = (
-        sa.select(tried.owner, sa.func.count().label("tries"))
-        .where(*is_tried)
-        .group_by(tried.owner)
-        .subquery("busy_owners")
-    )
+    tries = sa.select(tried.owner, sa.func.count().label("tries")).where(*is_tried).group_by(tried.owner)
+    full_owners = tries.with_only_columns(tried.owner).having(sa.func.count() >= per_owner)
+    busy_owners = tries.subquery("busy_owners")
     under_way = sa.func.coalesce(busy_owners.c.tries, 0)
     oldest = (
         sa.select(delivery.id)
@@ -350,7 +347,7 @@ def _due(per_host: int, per_owner: int, at: dt.datetime | None) -> sa.Subquery:
     heads = (
         sa.select(owners.c.owner, under_way.label("under_way"), oldest.label("id"))
         .select_from(owners.outerjoin(busy_owners, busy_owners.c.owner == owners.c.owner))
-        .where(owners.c.owner.is_not(None), under_way < per_owner)
+        .where(owners.c.owner.is_not(None), owners.c.owner.not_in(full_owners))
         .subquery("heads")
     )
     return sa.select(heads).where(heads.c.id.is_not(None)).subquery("due")

@@ -566,7 +566,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Edit(
                 WEBHOOKS,
-                ".where(owners.c.owner.is_not(None), under_way < per_owner)",
+                ".where(owners.c.owner.is_not(None), owners.c.owner.not_in(full_owners))",
                 ".where(owners.c.owner.is_not(None))",
             ),
         ),
