@@ -3,7 +3,7 @@ Webhooks: tell the ``callback_url`` of a task that it has ended, in the way of S
 
 The ledger holds what is due. A message on the queue ``webhooks`` is a hint that something is: the
 :class:`Bell` sends one when none waits, and the worker's child that gets it delivers until nothing
-is due any more. A lost hint is sent again within a second, one too many finds nothing to do.
+is due any more. A lost hint is sent again within seconds, one too many finds nothing to do.
 
 A receiver is a stranger's machine. Each try is bounded in time and in what is read of its answer,
 goes out by the rules of :mod:`genpulse.egress`, and follows no redirect. Only a few go to one host at a
@@ -75,6 +75,9 @@ OWN_OWNER = "default"
 PER_HOST = 8
 THREADS = 32
 PER_OWNER = THREADS // 2
+RING_AGAIN_S = 2.0
+"""Between two hints of one bell while there is something due. One that is dropped, because every
+place is taken, is a task to Celery all the same, and its children are renewed after so many."""
 ROUND_S = 60.0
 """How long a child goes on taking deliveries for one hint."""
 _LEASE_MARGIN_S = 5.0
@@ -142,6 +145,7 @@ class Bell:
         self._ledger = ledger
         self._producer = producer
         self._view = view
+        self._rings_again_at = 0.0
 
     def ring(self) -> bool:
         """
@@ -151,6 +155,9 @@ class Bell:
             LedgerUnavailable: Nobody knows what is due.
         """
         if not self._ledger.webhook_due(per_host=PER_HOST, per_owner=PER_OWNER):
+            self._rings_again_at = 0.0
+            return False
+        if time.monotonic() < self._rings_again_at:
             return False
         try:
             if self._view.counts([queues.WEBHOOKS])[queues.WEBHOOKS]:
@@ -160,6 +167,7 @@ class Bell:
             )
         except BrokerUnavailable:
             return False
+        self._rings_again_at = time.monotonic() + RING_AGAIN_S
         return True
 
 

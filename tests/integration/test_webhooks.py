@@ -484,8 +484,11 @@ def test_an_outcome_is_kept_while_the_ledger_is_away(
     assert state(lone_ledger, delivery).status is DeliveryStatus.DELIVERED
 
 
-def test_the_bell_rings_once_for_what_is_due(lone_ledger: Ledger, valkey_url: str) -> None:
+def test_the_bell_rings_once_for_what_is_due(
+    lone_ledger: Ledger, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One hint, and no other while it waits; none without anything to deliver; silence if Redis is away."""
+    monkeypatch.setattr(webhooks, "RING_AGAIN_S", 0.0)
     found = settings(redis_url=valkey_url)
     client = redis_client(valkey_url, timeout_s=5)
     bell = Bell(lone_ledger, Producer(found), RunwayView(client))
@@ -494,6 +497,8 @@ def test_the_bell_rings_once_for_what_is_due(lone_ledger: Ledger, valkey_url: st
     assert [bell.ring() for _ in range(3)] == [True, False, False]
     (message,) = client.lrange(queues.WEBHOOKS, 0, -1)
     assert json.loads(message)["headers"]["task"] == TASK_NAME
+    client.delete(queues.WEBHOOKS)
+    assert bell.ring()  # nobody has delivered it
 
     gone = settings(redis_url="redis://127.0.0.1:1/0")
     away = Bell(
@@ -502,6 +507,24 @@ def test_the_bell_rings_once_for_what_is_due(lone_ledger: Ledger, valkey_url: st
         RunwayView(redis_client("redis://127.0.0.1:1/0", timeout_s=1)),
     )
     assert not away.ring()
+
+
+def test_the_bell_does_not_ring_on_and_on(
+    lone_ledger: Ledger, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hint that was taken and dropped is sent again after a while; what is newly due, at once."""
+    monkeypatch.setattr(webhooks, "RING_AGAIN_S", 3600.0)
+    client = redis_client(valkey_url, timeout_s=5)
+    bell = Bell(lone_ledger, Producer(settings(redis_url=valkey_url)), RunwayView(client))
+    announce(lone_ledger, 1)
+    assert bell.ring()
+    client.delete(queues.WEBHOOKS)
+    assert not bell.ring()
+
+    Deliverer(settings(webhook_schedule_s="0,3600"), lone_ledger).deliver_one()
+    assert not bell.ring()
+    announce(lone_ledger, 1)
+    assert bell.ring()
 
 
 PROGRAM = """
