@@ -581,7 +581,7 @@ def start_all(**options: Any) -> None:
     """
     Run everything on this machine: Valkey, ComfyUI, API, worker, Flower.
 
-    ComfyUI is libs/comfyui/main.py if it is there, else what --comfy or GENPULSE_COMFY_URLS names,
+    ComfyUI is what --comfy or GENPULSE_COMFY_URLS names, else libs/comfyui/main.py if it is there,
     else a simulator that draws its pictures. Ctrl-C stops all of it; a killed start-all takes its
     processes along. The data folder keeps tasks and pictures for the next run.
     """

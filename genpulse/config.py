@@ -184,7 +184,7 @@ class Settings(BaseSettings):
         0,
         ge=0,
         le=256,
-        description="Slots of a worker. 0: two per ComfyUI server on `comfy`, else the number of cores.",
+        description="Slots of a worker. 0: two per ComfyUI server on `comfy`, else the number of cores; one more where webhooks share the worker.",
     )
 
     # Storage

@@ -24,11 +24,12 @@ from typing import Any, TypeVar
 
 import redis
 
-__all__ = ["START", "Ear", "Entry", "EventReader", "Live", "Past", "order", "redis_client"]
+__all__ = ["START", "Ear", "Entry", "EventReader", "Farthest", "Live", "Past", "order", "redis_client"]
 
 TIMEOUT_S = 0.05
 PAUSE_S = 5.0
-PROGRESS_TTL_S = 3600
+PROGRESS_TTL_S = 25 * 3600
+"""Longer than an attempt can be (Celery ends it after a day), however long its node says nothing."""
 EVENTS_KEPT = 1000
 """Entries of a task's log, about; older ones are trimmed."""
 EVENTS_TTL_S = 3600
@@ -188,6 +189,59 @@ class Live:
         except (redis.RedisError, OSError):
             self._quiet_until = time.monotonic() + PAUSE_S
             return otherwise
+
+
+class Farthest:
+    """
+    How far this process has shown each attempt to be, so that progress never falls within one.
+
+    Redis is silent for seconds after a hiccup, and forgets when it is wiped. Other API processes have
+    memories of their own: one that was never asked before shows what Redis tells just then. Threads
+    share one.
+
+    Args:
+        kept: Tasks remembered, those last asked for.
+    """
+
+    def __init__(self, kept: int = 4096) -> None:
+        self._kept = kept
+        self._lock = threading.Lock()
+        self._known: dict[str, Mapping[str, Any]] = {}
+
+    def of(self, task_id: str, attempt: int, newest: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+        """
+        What to show of a running attempt: *newest*, as Redis told it, or what was farther on.
+
+        Returns:
+            ``{"attempt", "percent", "detail"}``, of this attempt and with a number from 0 to 100, or ``None``.
+        """
+        told = newest if newest is not None and _is_of(newest, attempt) else None
+        with self._lock:
+            known = self._known.pop(task_id, None)
+            if known is not None and known["attempt"] > attempt:  # the caller's row is an older one
+                self._known[task_id] = known
+                return told
+            if (
+                known is None
+                or known["attempt"] < attempt
+                or (told is not None and told["percent"] >= known["percent"])
+            ):
+                known = told
+            if known is not None:
+                self._known[task_id] = known  # at the end: it was asked for just now
+                if len(self._known) > self._kept:
+                    del self._known[next(iter(self._known))]
+            return known
+
+    def forget(self, task_id: str) -> None:
+        """The task is final: its row says how far it came."""
+        with self._lock:
+            self._known.pop(task_id, None)
+
+
+def _is_of(told: Mapping[str, Any], attempt: int) -> bool:
+    percent = told.get("percent")
+    return told.get("attempt") == attempt and isinstance(percent, int | float) and 0 <= percent <= 100
 
 
 class Ear:

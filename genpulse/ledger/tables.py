@@ -327,6 +327,7 @@ webhook_deliveries = sa.Table(
     sa.Column("task_id", _Id, sa.ForeignKey("tasks.id", ondelete="CASCADE"), nullable=False, index=True),
     sa.Column("event_type", sa.String(40), nullable=False),
     sa.Column("url", sa.Text, nullable=False),
+    # Without its port, in one spelling: it bounds the tries under way to one receiver.
     sa.Column("host", sa.String(300), nullable=False),
     sa.Column("status", sa.String(20), nullable=False),
     sa.Column("tries", sa.Integer, nullable=False),
@@ -339,6 +340,8 @@ webhook_deliveries = sa.Table(
     sa.CheckConstraint("(status = 'pending') = (next_at IS NOT NULL)", name="pending_has_time"),
     sa.Index("ix_webhook_deliveries_owner_id", "owner", "id"),
     sa.Index("ix_webhook_deliveries_due", "next_at", "id", **_live("status = 'pending'")),
+    # By owner, for whose turn it is; with the host, so that those of a busy one are passed over unread.
+    sa.Index("ix_webhook_deliveries_turn", "owner", "next_at", "id", "host", **_live("status = 'pending'")),
     sa.Index("ix_webhook_deliveries_claimed", "host", "next_at", **_live("claim IS NOT NULL")),
 )
 
@@ -443,7 +446,8 @@ WEBHOOK_TRIGGERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
               VALUES (
                 (ms || '7' || substr(random, 14, 3) || substr(random, 17))::uuid,
                 NEW.owner, NEW.id, 'task.' || NEW.status, NEW.callback_url,
-                left(coalesce(lower(substring(NEW.callback_url from '//([^/?#]+)')), ''), 300),
+                left(rtrim(coalesce(lower(
+                  substring(NEW.callback_url from '//([[][^]]*[]]|[^/?#:]+)')), ''), '.'), 300),
                 'pending', 0, 0, statement_timestamp(), statement_timestamp());
               RETURN NULL;
             END $$
@@ -473,7 +477,9 @@ WEBHOOK_TRIGGERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
                 lower(printf('%012x', at) || '7' || substr(hex(randomblob(2)), 1, 3)
                       || substr('89ab', 1 + abs(random() % 4), 1) || substr(hex(randomblob(8)), 1, 15)),
                 NEW.owner, NEW.id, 'task.' || NEW.status, NEW.callback_url,
-                substr(lower(host), 1, 300), 'pending', 0, 0, at, at
+                substr(lower(CASE WHEN substr(host, 1, 1) = '[' THEN substr(host, 1, instr(host, ']'))
+                             ELSE rtrim(substr(host, 1, instr(host || ':', ':') - 1), '.') END), 1, 300),
+                'pending', 0, 0, at, at
               FROM (SELECT at, substr(rest, 1, instr(rest || '#', '#') - 1) AS host
               FROM (SELECT at, substr(rest, 1, instr(rest || '?', '?') - 1) AS rest
               FROM (SELECT at, substr(rest, 1, instr(rest || '/', '/') - 1) AS rest

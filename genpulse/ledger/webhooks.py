@@ -8,6 +8,10 @@ A delivery is due when its ``next_at`` has come. Claiming it sets ``next_at`` to
 claim, so a deliverer that dies leaves it due again by itself. The claim's random token fences the
 write of the outcome. Death between the receiver's answer and that write means that the receiver
 hears the same thing twice, under the same id.
+
+Places are shared out by owner: whoever has the fewest tries under way goes next, so that nobody waits
+for another's backlog, however long it is. Tries to one host, and of one owner, are bounded, whatever
+number of deliverers there is.
 """
 
 from __future__ import annotations
@@ -91,9 +95,9 @@ class Webhooks(Base):
     database's.
     """
 
-    def webhook_due(self, *, per_host: int, at: dt.datetime | None = None) -> bool:
-        """Whether there is anything to deliver now. One cheap read."""
-        query = _due(per_host, at).limit(1)
+    def webhook_due(self, *, per_host: int, per_owner: int, at: dt.datetime | None = None) -> bool:
+        """Whether there is anything that may be delivered now. One cheap read."""
+        query = sa.select(_due(per_host, per_owner, at).c.id).limit(1)
         return self._read(lambda connection: connection.execute(query).first()) is not None
 
     def webhook_backlog(self) -> Backlog:
@@ -106,30 +110,43 @@ class Webhooks(Base):
         return Backlog(due, (at - oldest).total_seconds() if oldest is not None else 0.0)
 
     def claim_delivery(
-        self, *, lease_s: float, per_host: int, at: dt.datetime | None = None
+        self,
+        *,
+        lease_s: float,
+        per_host: int,
+        per_owner: int,
+        after_owner: str = "",
+        at: dt.datetime | None = None,
     ) -> Delivery | None:
         """
-        Take the delivery that is due for longest, for *lease_s* seconds, and begin a try in its log.
+        Take a delivery that is due, for *lease_s* seconds, and begin a try in its log.
 
-        Two deliverers never take the same one.
+        It is one of the owner who has the fewest tries under way, and of that owner's the one that is
+        due for longest. Two deliverers never take the same one.
 
         Args:
-            per_host: Tries under way at a time to one host: a receiver that hangs holds up its own
-                deliveries and nobody else's.
+            per_host: Tries under way at a time to one host: a receiver that hangs holds up what goes to
+                it, and nothing else.
+            per_owner: Tries under way at a time of one owner, who may name any number of hosts.
+            after_owner: Among owners with equally few under way the next one by name after this: one
+                whose receivers answer at once would else have its turn again and again.
         """
-        if not self.webhook_due(per_host=per_host, at=at):  # SQLite's write lock is not for looking
+        # SQLite's write lock, and PostgreSQL's below, are not for looking.
+        if not self.webhook_due(per_host=per_host, per_owner=per_owner, at=at):
             return None
         token = secrets.token_hex(16)
         delivery, attempt = t.webhook_deliveries.c, t.webhook_attempts.c
+        due = _due(per_host, per_owner, at)
         chosen = (
-            _due(per_host, at)
-            .order_by(delivery.next_at, delivery.id)
+            sa.select(due.c.id)
+            .order_by(due.c.under_way, due.c.owner <= after_owner, due.c.owner)
             .limit(1)
-            .with_for_update(skip_locked=True)
             .cte("chosen")
         )
 
         def take(connection: sa.Connection) -> Delivery | None:
+            if self.is_postgresql:  # two at once would both see the last free place
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(_CLAIM_LOCK)))
             row = (
                 connection.execute(
                     sa.update(t.webhook_deliveries)
@@ -284,25 +301,56 @@ class Webhooks(Base):
         return self._read(lambda connection: [_delivery(row) for row in connection.execute(query).mappings()])
 
 
-def _due(per_host: int, at: dt.datetime | None) -> sa.Select[tuple[str]]:
-    """Ids of deliveries that may be tried now: their hosts have not too many tries under way."""
+_CLAIM_LOCK = 7_310_573_203
+
+
+def _due(per_host: int, per_owner: int, at: dt.datetime | None) -> sa.Subquery:
+    """
+    Of each owner who may have one more try under way: the ``id`` of what is due for longest.
+
+    Besides it ``owner`` and ``under_way``, the number of that owner's tries. Goes from one owner to the
+    next along the index, so that a backlog of thousands is not read.
+    """
     delivery = t.webhook_deliveries.c
-    other = t.webhook_deliveries.alias("other")
-    busy = (
-        sa.select(other.c.host)
+    waits = delivery.status == DeliveryStatus.PENDING
+    owners = sa.select(sa.func.min(delivery.owner).label("owner")).where(waits).cte("owners", recursive=True)
+    following = (
+        sa.select(sa.func.min(delivery.owner)).where(waits, delivery.owner > owners.c.owner).scalar_subquery()
+    )
+    owners = owners.union_all(sa.select(following).where(owners.c.owner.is_not(None)))
+
+    tried = t.webhook_deliveries.alias("tried").c
+    is_tried = (
+        tried.claim.is_not(None),
+        tried.status == DeliveryStatus.PENDING,
+        tried.next_at > _moment(at),
+    )
+    busy_hosts = (
+        sa.select(tried.host).where(*is_tried).group_by(tried.host).having(sa.func.count() >= per_host)
+    )
+    tries = sa.select(tried.owner, sa.func.count().label("tries")).where(*is_tried).group_by(tried.owner)
+    full_owners = tries.with_only_columns(tried.owner).having(sa.func.count() >= per_owner)
+    busy_owners = tries.subquery("busy_owners")
+    under_way = sa.func.coalesce(busy_owners.c.tries, 0)
+    oldest = (
+        sa.select(delivery.id)
         .where(
-            other.c.claim.is_not(None),
-            other.c.status == DeliveryStatus.PENDING,
-            other.c.next_at > _moment(at),
+            waits,
+            delivery.owner == owners.c.owner,
+            delivery.next_at <= _moment(at),
+            delivery.host.not_in(busy_hosts),
         )
-        .group_by(other.c.host)
-        .having(sa.func.count() >= per_host)
+        .order_by(delivery.next_at, delivery.id)
+        .limit(1)
+        .scalar_subquery()
     )
-    return sa.select(delivery.id).where(
-        delivery.status == DeliveryStatus.PENDING,
-        delivery.next_at <= _moment(at),
-        delivery.host.not_in(busy),
+    heads = (
+        sa.select(owners.c.owner, under_way.label("under_way"), oldest.label("id"))
+        .select_from(owners.outerjoin(busy_owners, busy_owners.c.owner == owners.c.owner))
+        .where(owners.c.owner.is_not(None), owners.c.owner.not_in(full_owners))
+        .subquery("heads")
     )
+    return sa.select(heads).where(heads.c.id.is_not(None)).subquery("due")
 
 
 def _moment(at: dt.datetime | None, plus_s: float = 0.0) -> sa.ColumnElement[Any]:

@@ -131,7 +131,7 @@ def _add_webhooks(celery: Celery) -> None:
     def run() -> int:
         from genpulse.tasks.webhooks import deliver_due
 
-        return deliver_due()
+        return deliver_due(shares=any(name != queues.WEBHOOKS for name in _served))
 
     options: dict[str, Any] = {"shared": False, "name": "genpulse.webhooks", "ignore_result": True}
     celery.task(run, **options)
@@ -190,6 +190,7 @@ def node_name(queue_names: tuple[str, ...], pid: int, host: str) -> str:
 
 
 _node = f"celery@{socket.gethostname()}"
+_served: tuple[str, ...] = ()
 
 
 def _asked_queues(conf: Any, options: Any) -> tuple[str, ...]:
@@ -247,6 +248,8 @@ def _on_celeryd_after_setup(instance: Any = None, conf: Any = None, **_: Any) ->
     settings = Settings.from_env()
     consumed = instance.app.amqp.queues
     asked = tuple(consumed.consume_from)
+    global _served  # noqa: PLW0603 - the children inherit it, as above
+    _served = asked
     if not _gave_queues(instance):
         log.warning("serving_every_queue", extra={"reason": "no -Q was given", "queues": list(asked)})
     routed = {queue.name for queue in conf.task_queues or ()}

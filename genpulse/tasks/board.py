@@ -2,7 +2,7 @@
 What a worker's main process and its children know of each other without asking anybody.
 
 A page of shared memory, made before the first fork: the marks on the worker's ComfyUI servers, and
-which children are at work. One child that finds a server stuck thereby stops its siblings and the
+which children are at work, and whether on webhooks. One child that finds a server stuck thereby stops its siblings and the
 main process at once. No lock stands between a writer that is killed and the others: each field is
 written alone, and a record caught half written costs one question to a server, or one look.
 """
@@ -21,6 +21,8 @@ __all__ = ["Board", "board", "prepare_board"]
 
 MAX_SERVERS: Final = 64
 MAX_CHILDREN: Final = 512
+
+_FREE, _BUSY, _DELIVERS = range(3)
 
 # Eight-byte fields first, so that each is aligned and written in one go: failures, rest, reason, prompt.
 _MARK = struct.Struct("=Qd48s64s")
@@ -75,32 +77,51 @@ class Board:
 
     def set_busy(self, busy: bool) -> None:
         """This child is at work on a message, or free for the next."""
+        self._set_work(_BUSY if busy else _FREE)
+
+    def begin_round(self, most: int) -> bool:
+        """
+        This child wants to deliver webhooks; whether it may, for *most* do so at a time.
+
+        Of two that begin in the same moment both may be told no. The round ends with :meth:`set_busy`.
+        """
+        self._set_work(_DELIVERS)
+        if sum(work == _DELIVERS for work in self._works().values()) <= most:
+            return True
+        self._set_work(_FREE)
+        return False
+
+    def children(self) -> dict[int, bool]:
+        """By pid of each living child: whether it is at work."""
+        return {pid: work != _FREE for pid, work in self._works().items()}
+
+    def _set_work(self, work: int) -> None:
         pid = os.getpid()
         for place in range(MAX_CHILDREN):
             held, _ = self._child(place)
             if held == pid:
-                _CHILD.pack_into(self._memory, self._at(place), pid, int(busy))
+                _CHILD.pack_into(self._memory, self._at(place), pid, work)
                 return
             if not held:
                 return
 
-    def children(self) -> dict[int, bool]:
-        """By pid of each living child: whether it is at work."""
+    def _works(self) -> dict[int, int]:
+        """What each living child does."""
         found = {}
         for place in range(MAX_CHILDREN):
-            pid, busy = self._child(place)
+            pid, work = self._child(place)
             if not pid:
                 break
             if _lives(pid):
-                found[pid] = bool(busy)
+                found[pid] = work
         return found
 
     def _at(self, place: int) -> int:
         return MAX_SERVERS * _MARK.size + place * _CHILD.size
 
     def _child(self, place: int) -> tuple[int, int]:
-        pid, busy = _CHILD.unpack_from(self._memory, self._at(place))
-        return pid, busy
+        pid, work = _CHILD.unpack_from(self._memory, self._at(place))
+        return pid, work
 
 
 def _text(field: bytes) -> str:

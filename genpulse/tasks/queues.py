@@ -161,7 +161,8 @@ def slots(queues: Sequence[str], servers: Sequence[str], configured: int = 0) ->
     How many children a worker starts if ``-c`` does not say.
 
     *configured* wins where it is not 0. Otherwise two per server for queues that run on servers,
-    and one per usable core where a queue needs none.
+    and one per usable core where a queue needs none. One more if webhooks share the worker with others:
+    a round of them, whose receivers may be slow, holds one.
     """
     if configured:
         return configured
@@ -171,7 +172,7 @@ def slots(queues: Sequence[str], servers: Sequence[str], configured: int = 0) ->
         wanted += SLOTS_PER_SERVER * max(1, len(servers))
     if not wanted or any(not describe(name).on_servers for name in names):
         wanted = max(wanted, _cores())
-    return wanted
+    return wanted + (WEBHOOKS in names and len(names) > 1)
 
 
 def _cores() -> int:

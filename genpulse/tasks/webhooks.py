@@ -3,12 +3,20 @@ Webhooks: tell the ``callback_url`` of a task that it has ended, in the way of S
 
 The ledger holds what is due. A message on the queue ``webhooks`` is a hint that something is: the
 :class:`Bell` sends one when none waits, and the worker's child that gets it delivers until nothing
-is due any more. A lost hint is sent again within a second, one too many finds nothing to do.
+is due any more. A lost hint is sent again within seconds, one too many finds nothing to do.
 
 A receiver is a stranger's machine. Each try is bounded in time and in what is read of its answer,
-goes out by the rules of :mod:`genpulse.egress`, follows no redirect, and only a few go to one host
-at a time, so that one that hangs holds up nobody else's. Whatever vanishes in the middle of a try,
-the delivery is due again when its claim is over, under the same id.
+goes out by the rules of :mod:`genpulse.egress`, and follows no redirect. Only a few go to one host at a
+time, and of one owner only half as many as a child has places for, because a name with a wildcard
+is any number of hosts that hang. The places go by turns of the owners, so a long backlog is its
+owner's own. Whatever vanishes in the middle of a try, the delivery is due again when its claim is
+over, under the same id.
+
+A hint goes before every other message: webhooks that waited behind a full queue would be whoever's
+filled it. But a child spends most of a round waiting for receivers, and with enough that hang each
+child in turn would take a hint, wait, and leave the other queues to starve. So a worker that serves
+other queues too delivers in one child at a time (:func:`deliver_due`); a worker of the queue
+``webhooks`` alone does in all.
 
 Source: the Standard Webhooks specification; the library ``standardwebhooks`` signs.
 """
@@ -38,6 +46,7 @@ from genpulse.errors import GenPulseError, LedgerUnavailable
 from genpulse.ledger import Delivery, DeliveryStatus, Ledger
 from genpulse.model import Task
 from genpulse.tasks import queues
+from genpulse.tasks.board import MAX_CHILDREN, board
 from genpulse.tasks.drain import is_draining
 from genpulse.tasks.inputs import open_egress
 from genpulse.tasks.producer import BrokerUnavailable, Message, Producer, RunwayView
@@ -65,6 +74,10 @@ OWN_OWNER = "default"
 
 PER_HOST = 8
 THREADS = 32
+PER_OWNER = THREADS // 2
+RING_AGAIN_S = 2.0
+"""Between two hints of one bell while there is something due. One that is dropped, because every
+place is taken, is a task to Celery all the same, and its children are renewed after so many."""
 ROUND_S = 60.0
 """How long a child goes on taking deliveries for one hint."""
 _LEASE_MARGIN_S = 5.0
@@ -132,6 +145,7 @@ class Bell:
         self._ledger = ledger
         self._producer = producer
         self._view = view
+        self._rings_again_at = 0.0
 
     def ring(self) -> bool:
         """
@@ -140,7 +154,10 @@ class Bell:
         Raises:
             LedgerUnavailable: Nobody knows what is due.
         """
-        if not self._ledger.webhook_due(per_host=PER_HOST):
+        if not self._ledger.webhook_due(per_host=PER_HOST, per_owner=PER_OWNER):
+            self._rings_again_at = 0.0
+            return False
+        if time.monotonic() < self._rings_again_at:
             return False
         try:
             if self._view.counts([queues.WEBHOOKS])[queues.WEBHOOKS]:
@@ -150,6 +167,7 @@ class Bell:
             )
         except BrokerUnavailable:
             return False
+        self._rings_again_at = time.monotonic() + RING_AGAIN_S
         return True
 
 
@@ -178,10 +196,11 @@ class Deliverer:
         self._clock = clock
         self._jitter = jitter
         self._lease_s = 2 * settings.webhook_timeout_s + _LEASE_MARGIN_S
+        self._last_owner = ""
 
     def deliver_one(self) -> Delivery | None:
         """
-        Try the delivery that is due for longest.
+        Try a delivery that is due: of the owner whose turn it is, the one that is due for longest.
 
         Returns:
             It, as it was claimed, or ``None`` if nothing is due.
@@ -190,19 +209,26 @@ class Deliverer:
             LedgerUnavailable: Nothing was claimed. (An outcome that cannot be written is kept for as
                 long as the claim lasts; after that the delivery is tried again.)
         """
-        delivery = self._ledger.claim_delivery(
-            lease_s=self._lease_s, per_host=PER_HOST, at=self._clock() if self._clock else None
-        )
+        delivery = self._claim()
         if delivery is not None:
             self._try(delivery)
         return delivery
 
-    def run(self, is_stopping: Callable[[], bool] = lambda: False, *, seconds: float = ROUND_S) -> int:
+    def run(
+        self,
+        is_stopping: Callable[[], bool] = lambda: False,
+        *,
+        seconds: float = ROUND_S,
+        takes_no_more: Callable[[], None] = lambda: None,
+    ) -> int:
         """
         Deliver until nothing is due, or for so many seconds, many at a time.
 
         Told to stop, it takes no more and waits for the tries under way as long as a draining worker
         may; those that take longer are tried again by somebody else.
+
+        Args:
+            takes_no_more: Called when only tries under way are left to wait for.
 
         Returns:
             How many tries there were.
@@ -214,7 +240,7 @@ class Deliverer:
         try:
             while not is_stopping() and time.monotonic() < ends:
                 running = {over for over in running if not over.is_set()}
-                delivery = self._claim() if len(running) < THREADS else None
+                delivery = self._claim_if_any() if len(running) < THREADS else None
                 if delivery is not None:
                     over = threading.Event()
                     running.add(over)
@@ -224,6 +250,7 @@ class Deliverer:
                     break
                 else:
                     next(iter(running)).wait(_IDLE_S)
+            takes_no_more()
             patience = self._settings.webhook_timeout_s + _LEASE_MARGIN_S
             if is_stopping():
                 patience = self._settings.drain_s
@@ -235,8 +262,20 @@ class Deliverer:
         return tries
 
     def _claim(self) -> Delivery | None:
+        delivery = self._ledger.claim_delivery(
+            lease_s=self._lease_s,
+            per_host=PER_HOST,
+            per_owner=PER_OWNER,
+            after_owner=self._last_owner,
+            at=self._clock() if self._clock else None,
+        )
+        if delivery is not None:
+            self._last_owner = delivery.owner
+        return delivery
+
+    def _claim_if_any(self) -> Delivery | None:
         try:
-            return self._ledger.claim_delivery(lease_s=self._lease_s, per_host=PER_HOST)
+            return self._claim()
         except LedgerUnavailable as error:
             log.warning("ledger_away", part="webhooks", reason=str(error))
             return None
@@ -336,13 +375,41 @@ class Deliverer:
                 time.sleep(0.5)
 
 
-def deliver_due() -> int:
-    """What the Celery task does: deliver what is due, with this process's settings."""
+def deliver_due(*, shares: bool = False) -> int:
+    """
+    What the Celery task does: deliver what is due, with this process's settings.
+
+    Args:
+        shares: Other queues are served by this worker too. Then one child at a time takes deliveries,
+            and the hint of another is dropped; while a child only waits for its last receivers, the
+            next one may begin. A child that is all there is rests after a round for as long as it took.
+
+    Returns:
+        How many tries there were.
+    """
+    global _rests_until  # noqa: PLW0603  # one per child process
     settings = Settings.from_env()
     if not settings.webhook_keys:
         log.error("webhook_secret_missing", hint="this worker serves the queue webhooks without the secret")
         return 0
+    page = board()
+    began = time.monotonic()
+    if began < _rests_until or (page is not None and not page.begin_round(1 if shares else MAX_CHILDREN)):
+        return 0
     from genpulse.tasks import wiring
 
-    with contextlib.closing(wiring.open_ledger(settings, pool_size=4)) as ledger:
-        return Deliverer(settings, ledger).run(is_draining)
+    def takes_no_more() -> None:
+        if page is not None:
+            page.set_busy(True)
+
+    try:
+        with contextlib.closing(wiring.open_ledger(settings, pool_size=4)) as ledger:
+            return Deliverer(settings, ledger).run(is_draining, takes_no_more=takes_no_more)
+    finally:
+        if page is not None:
+            if shares and len(page.children()) == 1:
+                _rests_until = 2 * time.monotonic() - began
+            page.set_busy(False)
+
+
+_rests_until = 0.0

@@ -595,7 +595,11 @@ def _position(task: Task) -> int | None:
 
 def _view(task: Task) -> schemas.TaskView:
     here = service()
-    live = here.live.progress(task.id) if task.status is TaskStatus.PROCESSING else None
+    live = None
+    if task.status is TaskStatus.PROCESSING:
+        live = here.farthest.of(task.id, task.attempt, here.live.progress(task.id))
+    elif task.status.is_final:
+        here.farthest.forget(task.id)
     position = _position(task)
     return schemas.task_view(
         task,

@@ -351,6 +351,9 @@ class Telling:
             return []
         if progress.progress < self._percent or progress == self._last_progress:
             return []  # the snapshot had it, or a late one
+        service().farthest.of(
+            self.task_id, self._attempt, data
+        )  # a read of the task shows no less from now on
         self._percent, self._last_progress = progress.progress, progress
         return [self._event("progress", progress)]
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, cast
 
 from flask import current_app
 
+from genpulse.live import Farthest
+
 if TYPE_CHECKING:
     from genpulse.config import Settings
     from genpulse.ledger import Ledger
@@ -42,6 +44,7 @@ class Service:
     """Tells the workers, through Redis and never in the request, that a cancel was committed."""
     is_stopping: Callable[[], bool] = field(default=lambda: False)
     """Whether the process was told to stop: ``/ready`` says so while requests in flight end."""
+    farthest: Farthest = field(default_factory=Farthest)
     watchers: Watchers = field(init=False)
     """Event streams and long polls; ``create_app`` sets it."""
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +162,32 @@ def test_what_an_older_ledger_holds_comes_along(empty_url: str) -> None:
         assert (names[one], names[other]) == ("a.png", "b.png")
         assert names[twin].startswith("a.png (")
         assert [row["server"] for row in rows(ledger, t.strays)] == ["gpu1"]
+
+
+def test_the_hosts_of_webhooks_that_wait_lose_their_ports(empty_url: str) -> None:
+    """Written by an older version, they count with those that are written from now on."""
+    hosts = [
+        "a.example:8443",
+        "a.example",
+        "a.example.",
+        "192.0.2.10",
+        "192.0.2.10:443",
+        "[2606:4700::11]:443",
+    ]
+    with open_ledger(empty_url) as ledger:
+        migrate_to(ledger, "0006")
+        task = submit(ledger)
+        at = dt.datetime.now(dt.UTC)
+        for host in hosts:
+            waits = {"status": "pending", "tries": 0, "attempts": 0, "created_at": at, "next_at": at}
+            whose = {"owner": "ada", "task_id": task.id, "event_type": "task.completed", "url": "https://x"}
+            values = {"id": str(uuid.uuid4()), "host": host, **whose, **waits}
+            run_sql(ledger, sa.insert(t.webhook_deliveries).values(values))
+
+        ledger.migrate()
+
+        found = sorted(row["host"] for row in rows(ledger, t.webhook_deliveries))
+    assert found == ["192.0.2.10"] * 2 + ["[2606:4700::11]"] + ["a.example"] * 3
 
 
 def test_a_ledger_that_was_not_migrated_says_so(empty_url: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import json
+import os
 import random
 import socket
 import threading
@@ -17,13 +18,25 @@ import pytest
 from standardwebhooks import Webhook, WebhookVerificationError
 
 from genpulse.config import Settings
+from genpulse.egress import Egress
 from genpulse.errors import LedgerUnavailable
 from genpulse.ledger import Delivery, DeliveryStatus, Ledger
 from genpulse.live import redis_client
 from genpulse.model import TaskStatus
-from genpulse.tasks import queues
+from genpulse.tasks import queues, webhooks
+from genpulse.tasks.board import Board
 from genpulse.tasks.producer import Producer, RunwayView
-from genpulse.tasks.webhooks import TASK_NAME, Bell, Deliverer, signing_keys, whsec
+from genpulse.tasks.webhooks import (
+    PER_HOST,
+    PER_OWNER,
+    TASK_NAME,
+    THREADS,
+    Bell,
+    Deliverer,
+    deliver_due,
+    signing_keys,
+    whsec,
+)
 from tests.support import wait_until
 from tests.support.ledger import claim, open_ledger, output, submit
 from tests.support.receiver import Behaviour, drip, read_request, serve
@@ -83,7 +96,8 @@ def settings(**more: Any) -> Settings:
 def announce(ledger: Ledger, port: int, path: str = "/", **values: Any) -> Delivery:
     """A completed task whose end is to be told to the receiver on *port*."""
     owner = values.pop("owner", "default")
-    task = submit(ledger, owner=owner, callback_url=f"http://127.0.0.1:{port}{path}", **values)
+    host = values.pop("host", "127.0.0.1")
+    task = submit(ledger, owner=owner, callback_url=f"http://{host}:{port}{path}", **values)
     ledger.finish(claim(ledger, task).fence, TaskStatus.COMPLETED, outputs=[output("a.png")])
     (delivery,) = ledger.list_deliveries(task.owner, task_id=task.id)
     return delivery
@@ -94,6 +108,17 @@ def state(ledger: Ledger, delivery: Delivery) -> Delivery:
     found = ledger.get_delivery(delivery.id, delivery.owner)
     assert found is not None
     return found
+
+
+def wildcard() -> Egress:
+    """A way out on which every name is this machine."""
+    return Egress(hosts=[".example"], http=True, resolve=lambda _host, _port: ["127.0.0.1"])
+
+
+def under_way(ledger: Ledger, owner: str) -> int:
+    """How many tries of an owner there are just now."""
+    waiting = ledger.list_deliveries(owner, status=DeliveryStatus.PENDING, limit=200)
+    return sum(each.claim is not None for each in waiting)
 
 
 class Clock:
@@ -268,25 +293,163 @@ def test_a_bad_receiver_costs_one_bounded_try(
     assert tried.error or status_code == 500
 
 
-def test_receivers_that_hang_do_not_hold_up_others(lone_ledger: Ledger) -> None:
+@pytest.fixture
+def deliver() -> Iterator[Callable[[Deliverer], None]]:
+    """Deliver in a thread until the test's receivers are gone, and with them every try under way."""
+    over = threading.Event()
+    threads: list[threading.Thread] = []
+
+    def start(deliverer: Deliverer) -> None:
+        threads.append(threading.Thread(target=lambda: deliverer.run(over.is_set), daemon=True))
+        threads[-1].start()
+
+    yield start
+    over.set()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_receivers_that_hang_do_not_hold_up_others(
+    lone_ledger: Ledger, deliver: Callable[[Deliverer], None]
+) -> None:
     """Twenty deliveries to one that hangs, then one to a good one: that is told while the others wait."""
-    good = Receiver(SAID)
-    with serve(hang) as stuck, serve(good) as port:
+    deliverer = Deliverer(settings(webhook_timeout_s=20), lone_ledger, wildcard())
+    with serve(hang) as stuck, serve(Receiver(SAID)) as port:
         for _ in range(20):
-            announce(lone_ledger, stuck)
-        delivery = announce(lone_ledger, port)
-        over = threading.Event()
-        deliverer = Deliverer(settings(webhook_timeout_s=20), lone_ledger)
-        thread = threading.Thread(target=lambda: deliverer.run(over.is_set, seconds=30), daemon=True)
-        thread.start()
+            announce(lone_ledger, stuck, host="stuck.example")
+        delivery = announce(lone_ledger, port, host="good.example")
+        deliver(deliverer)
         wait_until(lambda: state(lone_ledger, delivery).status is DeliveryStatus.DELIVERED, 15)
-        waiting = [
-            each.claim for each in lone_ledger.list_deliveries("default", status=DeliveryStatus.PENDING)
-        ]
-        assert sum(each is not None for each in waiting) == 8
-        over.set()
-    thread.join(20)
-    assert not thread.is_alive()
+        assert under_way(lone_ledger, "default") == PER_HOST
+
+
+def test_an_owner_with_any_number_of_hosts_that_hang_does_not_hold_up_others(
+    ledger: Ledger, deliver: Callable[[Deliverer], None]
+) -> None:
+    """A name with a wildcard, each of its hosts silent: half of the places are left for other owners."""
+    deliverer = Deliverer(settings(webhook_timeout_s=30), ledger, wildcard())
+    with serve(hang) as stuck, serve(Receiver(SAID)) as port:
+        for n in range(THREADS + 8):
+            announce(ledger, stuck, owner="eve", host=f"a{n}.eve.example")
+        deliver(deliverer)
+        wait_until(lambda: under_way(ledger, "eve") == PER_OWNER, 20)
+        delivery = announce(ledger, port, host="ada.example")
+        wait_until(lambda: state(ledger, delivery).status is DeliveryStatus.DELIVERED, 20)
+        assert under_way(ledger, "eve") == PER_OWNER
+
+
+def test_an_owner_with_a_long_backlog_does_not_hold_up_others(ledger: Ledger) -> None:
+    """Sixty of one owner are due for longer, and their receiver is quick: the other's goes second."""
+    with serve(Receiver(SAID)) as port:
+        backlog = [announce(ledger, port, owner="eve", host=f"a{n}.eve.example") for n in range(60)]
+        delivery = announce(ledger, port, host="ada.example")
+        Deliverer(settings(), ledger, wildcard()).run()
+        began = state(ledger, delivery).log[0].started_at
+        before = [each for each in backlog if state(ledger, each).log[0].started_at < began]
+    assert len(before) <= 1
+
+
+class TestOnAWorker:
+    """The Celery task of a child, beside its siblings."""
+
+    OTHER = 1  # a process that is always there
+
+    @pytest.fixture
+    def page(self, lone_ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> Board:
+        """The worker's page, with this child and another one; both are free."""
+        page = Board()
+        page.enter()
+        page.enter(self.OTHER)
+        values = {
+            "GENPULSE_DATABASE_URL": lone_ledger.engine.url.render_as_string(),
+            "GENPULSE_EGRESS_ALLOW": "127.0.0.0/8",
+            "GENPULSE_EGRESS_HTTP": "true",
+            "GENPULSE_WEBHOOK_SECRET": NEW,
+        }
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(webhooks, "board", lambda: page)
+        monkeypatch.setattr(webhooks, "_rests_until", 0.0)
+        return page
+
+    def other_delivers(self, page: Board, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The other child is in a round."""
+        with monkeypatch.context() as patched:
+            patched.setattr("genpulse.tasks.board.os.getpid", lambda: self.OTHER)
+            assert page.begin_round(1)
+
+    def test_one_child_at_a_time_delivers_where_others_are_served(
+        self, lone_ledger: Ledger, page: Board, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The hint of a second one is dropped, and it is free for the other queues."""
+        self.other_delivers(page, monkeypatch)
+        with serve(Receiver(SAID)) as port:
+            delivery = announce(lone_ledger, port)
+            assert deliver_due(shares=True) == 0
+            assert not page.children()[os.getpid()]
+            assert state(lone_ledger, delivery).attempts == 0
+            assert deliver_due() == 1  # a worker of this queue alone uses every child
+
+    def test_a_child_that_delivers_counts_as_at_work(self, lone_ledger: Ledger, page: Board) -> None:
+        """Else its worker, all of whose children wait for receivers, would be taken for a deaf one."""
+        seen: list[bool] = []
+
+        def behave(connection: socket.socket) -> None:
+            seen.append(page.children()[os.getpid()])
+            Receiver(SAID)(connection)
+
+        with serve(behave) as port:
+            announce(lone_ledger, port)
+            assert deliver_due(shares=True) == 1
+        assert seen == [True]
+        assert not page.children()[os.getpid()]
+
+    def test_a_child_that_waits_for_its_last_receivers_makes_room(
+        self, lone_ledger: Ledger, page: Board, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It takes no more, so the next one may, although it is still at work itself."""
+        seen: list[bool] = []
+        monkeypatch.setattr(webhooks, "is_draining", lambda: True)
+        run = Deliverer.run
+
+        def watched(
+            deliverer: Deliverer, *args: Any, takes_no_more: Callable[[], None], **kwargs: Any
+        ) -> int:
+            def told() -> None:
+                takes_no_more()
+                self.other_delivers(page, monkeypatch)
+                seen.append(page.children()[os.getpid()])
+
+            return run(deliverer, *args, takes_no_more=told, **kwargs)
+
+        monkeypatch.setattr(Deliverer, "run", watched)
+        deliver_due(shares=True)
+        assert seen == [True]
+
+    def test_a_child_that_is_alone_rests_between_rounds(
+        self, lone_ledger: Ledger, page: Board, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As long as the round took, so that the other queues have half of its time."""
+        alone = Board()
+        alone.enter()
+        monkeypatch.setattr(webhooks, "board", lambda: alone)
+        slow = 0.5
+
+        def behave(connection: socket.socket) -> None:
+            time.sleep(slow)
+            Receiver(SAID)(connection)
+
+        with serve(behave) as port:
+            announce(lone_ledger, port)
+            began = time.monotonic()
+            assert deliver_due(shares=True) == 1
+            assert webhooks._rests_until >= began + 2 * slow
+            monkeypatch.setattr(webhooks, "_rests_until", time.monotonic() + 60)
+            announce(lone_ledger, port)
+            assert deliver_due(shares=True) == 0
+            monkeypatch.setattr(webhooks, "_rests_until", 0.0)
+            assert deliver_due(shares=True) == 1
 
 
 def test_an_address_inside_is_not_told(lone_ledger: Ledger) -> None:
@@ -321,8 +484,11 @@ def test_an_outcome_is_kept_while_the_ledger_is_away(
     assert state(lone_ledger, delivery).status is DeliveryStatus.DELIVERED
 
 
-def test_the_bell_rings_once_for_what_is_due(lone_ledger: Ledger, valkey_url: str) -> None:
+def test_the_bell_rings_once_for_what_is_due(
+    lone_ledger: Ledger, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One hint, and no other while it waits; none without anything to deliver; silence if Redis is away."""
+    monkeypatch.setattr(webhooks, "RING_AGAIN_S", 0.0)
     found = settings(redis_url=valkey_url)
     client = redis_client(valkey_url, timeout_s=5)
     bell = Bell(lone_ledger, Producer(found), RunwayView(client))
@@ -331,6 +497,8 @@ def test_the_bell_rings_once_for_what_is_due(lone_ledger: Ledger, valkey_url: st
     assert [bell.ring() for _ in range(3)] == [True, False, False]
     (message,) = client.lrange(queues.WEBHOOKS, 0, -1)
     assert json.loads(message)["headers"]["task"] == TASK_NAME
+    client.delete(queues.WEBHOOKS)
+    assert bell.ring()  # nobody has delivered it
 
     gone = settings(redis_url="redis://127.0.0.1:1/0")
     away = Bell(
@@ -339,6 +507,24 @@ def test_the_bell_rings_once_for_what_is_due(lone_ledger: Ledger, valkey_url: st
         RunwayView(redis_client("redis://127.0.0.1:1/0", timeout_s=1)),
     )
     assert not away.ring()
+
+
+def test_the_bell_does_not_ring_on_and_on(
+    lone_ledger: Ledger, valkey_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hint that was taken and dropped is sent again after a while; what is newly due, at once."""
+    monkeypatch.setattr(webhooks, "RING_AGAIN_S", 3600.0)
+    client = redis_client(valkey_url, timeout_s=5)
+    bell = Bell(lone_ledger, Producer(settings(redis_url=valkey_url)), RunwayView(client))
+    announce(lone_ledger, 1)
+    assert bell.ring()
+    client.delete(queues.WEBHOOKS)
+    assert not bell.ring()
+
+    Deliverer(settings(webhook_schedule_s="0,3600"), lone_ledger).deliver_one()
+    assert not bell.ring()
+    announce(lone_ledger, 1)
+    assert bell.ring()
 
 
 PROGRAM = """

@@ -77,6 +77,7 @@ RENDER = "genpulse/tasks/render.py"
 RUNNER = "genpulse/tasks/runner.py"
 RETIRING = "genpulse/ledger/retiring.py"
 CLIENT = "genpulse/comfy/client.py"
+WEBHOOKS = "genpulse/ledger/webhooks.py"
 
 LEDGER_TESTS = "tests/integration/test_ledger.py::"
 ATTEMPT_TESTS = "tests/integration/test_attempt.py::"
@@ -89,6 +90,8 @@ FORK_TESTS = "tests/integration/test_fork_rule.py::"
 CLIENT_TESTS = "tests/integration/test_comfy_client.py::"
 STORAGE_TESTS = "tests/integration/test_storage_s3.py::"
 FOLLOW_TESTS = "tests/integration/test_comfy_client_follow.py::"
+DELIVERY_TESTS = "tests/integration/test_webhooks.py::"
+WEBHOOK_TESTS = "tests/integration/test_ledger_webhooks.py::"
 
 MUTATIONS: tuple[Mutation, ...] = (
     # -- the ledger ---------------------------------------------------------------------------
@@ -555,6 +558,74 @@ MUTATIONS: tuple[Mutation, ...] = (
             ),
         ),
         (COLLECTOR_TESTS + "test_a_prompt_left_on_a_server_is_stopped_although_its_task_is_deleted",),
+    ),
+    # -- webhooks -----------------------------------------------------------------------------
+    Mutation(
+        "webhooks-of-one-owner-without-bound",
+        "An owner whose receivers hang, each under a name of its own, holds up everybody's webhooks.",
+        (
+            Edit(
+                WEBHOOKS,
+                ".where(owners.c.owner.is_not(None), owners.c.owner.not_in(full_owners))",
+                ".where(owners.c.owner.is_not(None))",
+            ),
+        ),
+        (WEBHOOK_TESTS + "test_one_owner_has_only_so_many_tries_under_way",),
+    ),
+    Mutation(
+        "webhooks-claimed-at-once",
+        "Deliverers that claim in the same moment all take the last place of a host.",
+        (
+            Edit(
+                WEBHOOKS,
+                "            if self.is_postgresql:  # two at once",
+                "            if False:  # two at once",
+            ),
+        ),
+        (WEBHOOK_TESTS + "test_the_bounds_hold_for_deliverers_that_claim_at_once",),
+    ),
+    Mutation(
+        "webhooks-not-by-turns",
+        "Webhooks wait for the whole backlog of another owner.",
+        (
+            Edit(
+                WEBHOOKS,
+                ".order_by(due.c.under_way, due.c.owner <= after_owner, due.c.owner)",
+                ".order_by(due.c.owner)",
+            ),
+        ),
+        (
+            WEBHOOK_TESTS + "test_a_long_backlog_is_its_owners_own",
+            WEBHOOK_TESTS + "test_owners_take_turns_where_receivers_answer_at_once",
+        ),
+    ),
+    Mutation(
+        "webhooks-in-every-child",
+        "Receivers that hang take every child of a worker from the other queues.",
+        (
+            Edit(
+                "genpulse/tasks/webhooks.py",
+                "page.begin_round(1 if shares else MAX_CHILDREN)",
+                "page.begin_round(MAX_CHILDREN)",
+            ),
+        ),
+        (
+            DELIVERY_TESTS + "TestOnAWorker::test_one_child_at_a_time_delivers_where_others_are_served",
+            "tests/celery_nodes/test_celery_webhooks.py::test_receivers_that_hang_leave_a_child_for_the_other_queue",
+        ),
+    ),
+    # -- what callers see ---------------------------------------------------------------------
+    Mutation(
+        "progress-falls-with-redis",
+        "A hiccup of Redis shows a task at 63 % as one at 0 %, and ends long polls.",
+        (
+            Edit(
+                "genpulse/web/api.py",
+                "here.farthest.of(task.id, task.attempt, here.live.progress(task.id))",
+                "here.live.progress(task.id)",
+            ),
+        ),
+        ("tests/integration/api/test_api_tasks.py::test_progress_does_not_fall_while_redis_is_silent",),
     ),
     # -- ComfyUI and storage ------------------------------------------------------------------
     Mutation(

@@ -50,6 +50,13 @@ def test_cpu_work_gets_the_cores() -> None:
     assert queues.slots(["comfy", "cpu"], ["a"]) >= queues.slots(["cpu"], [])
 
 
+def test_webhooks_beside_others_get_a_slot_of_their_own() -> None:
+    """A round of them holds one child, which is then not missing to the other queues."""
+    assert queues.slots(["cpu", "webhooks"], []) == queues.slots(["cpu"], []) + 1
+    assert queues.slots(["webhooks"], []) == queues.slots(["cpu"], [])
+    assert queues.slots(["cpu", "webhooks"], [], 1) == 1
+
+
 def test_redis_keys_are_kombus() -> None:
     """The runway is read from the very lists that kombu writes."""
     ours = [queues.redis_key("comfy@gpu1", step) for step in queues.PRIORITY_STEPS]

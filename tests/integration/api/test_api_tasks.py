@@ -172,14 +172,37 @@ def test_live_progress_is_shown_and_an_older_attempts_is_not(api: Any, valkey_ur
     task_id = api.submit()["task_id"]
     api.claim(task_id)
 
-    api.service.live.publish_progress(task_id, 1, 42.5, {"node_id": "3", "step": 5, "steps": 20})
-    now = api.client.get(f"/task/{task_id}").json
     api.service.live.publish_progress(task_id, 7, 99.0, {})
     other = api.client.get(f"/task/{task_id}").json
+    api.service.live.publish_progress(task_id, 1, 42.5, {"node_id": "3", "step": 5, "steps": 20})
+    now = api.client.get(f"/task/{task_id}").json
     api.service.live.close()
 
-    assert (now["progress"], now["progress_detail"]["step"]) == (42.5, 5)
     assert other["progress"] == 0.0
+    assert (now["progress"], now["progress_detail"]["step"]) == (42.5, 5)
+
+
+def test_progress_does_not_fall_while_redis_is_silent(api: Any, valkey_url: str) -> None:
+    """Nor does a long poll end for it: the task is what it was, with the same ETag."""
+    from genpulse.live import Live
+
+    task_id = api.submit()["task_id"]
+    held = api.claim(task_id)
+    api.service.live = Live(valkey_url)
+    api.service.live.publish_progress(task_id, 1, 63.0, {"node_id": "3", "step": 5, "steps": 8})
+    before = api.client.get(f"/task/{task_id}")
+    api.service.live.close()
+
+    api.service.live = Live("redis://127.0.0.1:1/0")
+    during = api.client.get(f"/task/{task_id}")
+    waited = api.client.get(f"/task/{task_id}?wait=1", headers={"If-None-Match": before.headers["ETag"]})
+    assert (during.json["progress"], during.json["progress_detail"]) == (63.0, before.json["progress_detail"])
+    assert during.headers["ETag"] == before.headers["ETag"]
+    assert waited.status_code == 304
+
+    api.service.ledger.hand_back(held.fence, adopt_wait_s=None)
+    api.claim(task_id)
+    assert api.client.get(f"/task/{task_id}").json["progress"] == 0.0
 
 
 def test_canceling_a_waiting_task_ends_it_and_may_be_repeated(api: Any) -> None:

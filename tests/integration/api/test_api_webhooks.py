@@ -97,7 +97,7 @@ def test_a_delivery_is_sent_again_when_asked(hooks: Api) -> None:
     """202 each time; the log stays."""
     ended(hooks)
     ledger = hooks.service.ledger
-    claimed = ledger.claim_delivery(lease_s=60, per_host=8)
+    claimed = ledger.claim_delivery(lease_s=60, per_host=8, per_owner=16)
     assert claimed is not None
     ledger.record_delivery(claimed, DeliveryStatus.GONE, duration_s=0.5, status_code=410, excerpt="no")
     for _ in range(2):
@@ -106,7 +106,7 @@ def test_a_delivery_is_sent_again_when_asked(hooks: Api) -> None:
         body = answer.get_json()
         assert (body["status"], body["tries"], body["attempts"]) == ("pending", 0, 1)
         assert [(each["status_code"], each["excerpt"]) for each in body["log"]] == [(410, "no")]
-    again = ledger.claim_delivery(lease_s=60, per_host=8)
+    again = ledger.claim_delivery(lease_s=60, per_host=8, per_owner=16)
     assert again is not None
     assert again.id == claimed.id
 
