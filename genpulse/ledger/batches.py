@@ -44,6 +44,7 @@ class Batches(Requests):
         *,
         grid: Sequence[str] = (),
         idempotency_key: str | None = None,
+        api_key: str = "",
         body_hash: str = "",
         idempotency_ttl_s: int = 86_400,
     ) -> tuple[Batch, bool]:
@@ -55,6 +56,7 @@ class Batches(Requests):
             grid: Names of the params that vary, to be told to readers.
             idempotency_key: As for a single task, and of the same kind: a key that brought about a
                 task is taken for a batch as well.
+            api_key: The id of the API key that was shown; callers without one share a word.
 
         Returns:
             The batch, and whether it is an earlier one (a replay).
@@ -92,6 +94,7 @@ class Batches(Requests):
                 self._take_key(
                     connection,
                     owner=owner,
+                    api_key=api_key,
                     key=idempotency_key,
                     body_hash=body_hash,
                     batch_id=batch_id,
@@ -105,10 +108,11 @@ class Batches(Requests):
         while True:
             with contextlib.suppress(KeyTaken):
                 return self._write(record), False
-            if (earlier := self.find_batch_replay(owner, str(idempotency_key), body_hash)) is not None:
+            earlier = self.find_batch_replay(owner, str(idempotency_key), body_hash, api_key=api_key)
+            if earlier is not None:
                 return earlier, True
 
-    def find_batch_replay(self, owner: str, key: str, body_hash: str) -> Batch | None:
+    def find_batch_replay(self, owner: str, key: str, body_hash: str, *, api_key: str = "") -> Batch | None:
         """
         The batch that a request with this key has brought about before.
 
@@ -116,7 +120,9 @@ class Batches(Requests):
             IdempotencyConflict: The key was used with another body.
         """
         column = t.idempotency_keys.c
-        query = sa.select(column.body_hash, column.batch_id).where(column.owner == owner, column.key == key)
+        query = sa.select(column.body_hash, column.batch_id).where(
+            column.owner == owner, column.api_key == api_key, column.key == key
+        )
         row = self._read(lambda connection: connection.execute(query).first())
         if row is None:
             return None

@@ -212,6 +212,7 @@ class Requests(Keys):
         new: NewTask,
         *,
         idempotency_key: str | None = None,
+        api_key: str = "",
         body_hash: str = "",
         idempotency_ttl_s: int = 86_400,
     ) -> tuple[Task, bool]:
@@ -222,7 +223,8 @@ class Requests(Keys):
         a task and the others get that task.
 
         Args:
-            idempotency_key: The caller's key, unique per owner while it is kept.
+            idempotency_key: The caller's key, unique per API key while it is kept.
+            api_key: The id of the API key that was shown; callers without one share a word.
             body_hash: Digest of the request; the same key with another digest is a conflict.
 
         Returns:
@@ -241,6 +243,7 @@ class Requests(Keys):
                 self._take_key(
                     connection,
                     owner=new.owner,
+                    api_key=api_key,
                     key=idempotency_key,
                     body_hash=body_hash,
                     task_id=task_id,
@@ -252,7 +255,8 @@ class Requests(Keys):
             with contextlib.suppress(KeyTaken):
                 return self._write(record), False
             # None: the task that had the key was deleted in this very moment, and the key with it.
-            if (earlier := self.find_replay(new.owner, str(idempotency_key), body_hash)) is not None:
+            earlier = self.find_replay(new.owner, str(idempotency_key), body_hash, api_key=api_key)
+            if earlier is not None:
                 return earlier, True
 
     def _insert_task(self, connection: sa.Connection, task_id: str, new: NewTask) -> sa.RowMapping:
@@ -305,26 +309,31 @@ class Requests(Keys):
         if labels:
             connection.execute(sa.insert(t.task_labels), labels)
 
-    def _take_key(self, connection: sa.Connection, *, owner: str, key: str, **values: Any) -> None:
+    def _take_key(
+        self, connection: sa.Connection, *, owner: str, api_key: str, key: str, **values: Any
+    ) -> None:
         """Write an idempotency key beside what it brings about; raises :class:`KeyTaken`."""
         column = t.idempotency_keys.c
         connection.execute(
             sa.delete(t.idempotency_keys).where(
-                column.owner == owner, column.key == key, column.expires_at <= now()
+                column.owner == owner,
+                column.api_key == api_key,
+                column.key == key,
+                column.expires_at <= now(),
             )
         )
         taken = connection.execute(
             self._insert(t.idempotency_keys)
-            .values(owner=owner, key=key, **values)
+            .values(owner=owner, api_key=api_key, key=key, **values)
             .on_conflict_do_nothing()
             .returning(column.key)
         ).first()
         if taken is None:
             raise KeyTaken
 
-    def find_replay(self, owner: str, key: str, body_hash: str) -> Task | None:
+    def find_replay(self, owner: str, key: str, body_hash: str, *, api_key: str = "") -> Task | None:
         """
-        The task that an owner's idempotency key brought, if it is still kept.
+        The task that an idempotency key of this API key brought, if it is still kept.
 
         Raises:
             IdempotencyConflict: It was used with another body.
@@ -335,7 +344,11 @@ class Requests(Keys):
                 sa.select(t.tasks, t.idempotency_keys.c.body_hash)
                 .select_from(t.idempotency_keys)
                 .outerjoin(t.tasks, t.tasks.c.id == t.idempotency_keys.c.task_id)
-                .where(t.idempotency_keys.c.owner == owner, t.idempotency_keys.c.key == key)
+                .where(
+                    t.idempotency_keys.c.owner == owner,
+                    t.idempotency_keys.c.api_key == api_key,
+                    t.idempotency_keys.c.key == key,
+                )
             )
             return connection.execute(query).mappings().first()
 

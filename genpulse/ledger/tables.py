@@ -275,6 +275,9 @@ idempotency_keys = sa.Table(
     "idempotency_keys",
     metadata,
     sa.Column("owner", sa.String(200), primary_key=True),
+    # Whose key it is: the id of an API key, or a word for a caller who has none of the ledger's. No
+    # foreign key: what one caller took says nothing about another's, whatever becomes of it.
+    sa.Column("api_key", sa.String(20), primary_key=True, server_default=""),
     sa.Column("key", sa.String(255), primary_key=True),
     sa.Column("body_hash", sa.String(64), nullable=False),
     # One of the two: what the key brought about.

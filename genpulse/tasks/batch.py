@@ -116,6 +116,7 @@ def accept_grid(
     *,
     owner: str,
     idempotency_key: str | None = None,
+    api_key: str = "",
     room: Room = any_number,
 ) -> tuple[Batch, bool]:
     """
@@ -147,6 +148,7 @@ def accept_grid(
         owner=owner,
         grid=list(values),
         idempotency_key=idempotency_key,
+        api_key=api_key,
         room=room,
         # In this order, for the order of the grid's names decides the order of the tasks.
         body_hash=body_digest({"template": template, "grid": list(values.items())}),
@@ -161,6 +163,7 @@ def accept_tasks(
     *,
     owner: str,
     idempotency_key: str | None = None,
+    api_key: str = "",
     room: Room = any_number,
 ) -> tuple[Batch, bool]:
     """As :func:`accept_grid`, for tasks named one by one; the pointers are below ``/tasks``."""
@@ -173,6 +176,7 @@ def accept_tasks(
         owner=owner,
         grid=[],
         idempotency_key=idempotency_key,
+        api_key=api_key,
         room=room,
         body_hash=body_digest({"tasks": tasks}),
     )
@@ -188,6 +192,7 @@ def _accept(
     owner: str,
     grid: Sequence[str],
     idempotency_key: str | None,
+    api_key: str,
     body_hash: str,
     room: Room,
 ) -> tuple[Batch, bool]:
@@ -196,7 +201,9 @@ def _accept(
         room(len(tasks))
     except QueueFull:
         # Whoever repeats a request that was taken must learn so, and not that it was not.
-        earlier = ledger.find_batch_replay(owner, idempotency_key, body_hash) if idempotency_key else None
+        earlier = None
+        if idempotency_key:
+            earlier = ledger.find_batch_replay(owner, idempotency_key, body_hash, api_key=api_key)
         if earlier is None:
             raise
         return earlier, True
@@ -205,6 +212,7 @@ def _accept(
             tasks,
             grid=grid,
             idempotency_key=idempotency_key,
+            api_key=api_key,
             body_hash=body_hash,
             idempotency_ttl_s=settings.idempotency_ttl_s,
         )

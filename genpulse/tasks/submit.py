@@ -59,6 +59,7 @@ def accept(  # the parts, the words, and who says them
     *,
     owner: str,
     idempotency_key: str | None = None,
+    api_key: str = "",
     body_hash: str | None = None,
     room: Room = any_number,
 ) -> tuple[Task, bool]:
@@ -69,6 +70,7 @@ def accept(  # the parts, the words, and who says them
         body: ``task_type`` and ``params``, and optionally ``priority``, ``callback_url``,
             ``timeout_s``, ``expires_in_s``, ``max_attempts``, ``metadata``; types as in API.md.
         idempotency_key: The caller's own key; the same key and body give the same task.
+        api_key: The id of the API key whose idempotency key that is.
         body_hash: Digest of the whole request; by default that of *body*.
         room: Asked whether the owner may have one more task waiting.
 
@@ -82,7 +84,8 @@ def accept(  # the parts, the words, and who says them
         LedgerUnavailable: Nothing is known to be recorded.
     """
     (new,) = prepare(ledger, registry, settings, [body], owner=owner)
-    return _record(ledger, settings, new, idempotency_key, body_hash or body_digest(body), room)
+    digest = body_hash or body_digest(body)
+    return _record(ledger, settings, new, idempotency_key, api_key, digest, room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ def retry(
     task: Task,
     *,
     idempotency_key: str | None = None,
+    api_key: str = "",
     room: Room = any_number,
 ) -> tuple[Task, bool]:
     """
@@ -134,7 +138,8 @@ def retry(
         sentence = f"The task is {task.status}; only a final one can be sent again."
         raise InvalidRequest("not_final", sentence)
     new = _again(ledger, registry, settings, task)
-    return _record(ledger, settings, new, idempotency_key, body_digest({"retry_of": task.id}), room)
+    digest = body_digest({"retry_of": task.id})
+    return _record(ledger, settings, new, idempotency_key, api_key, digest, room)
 
 
 def retry_matching(  # each is one filter
@@ -219,6 +224,7 @@ def _record(
     settings: Settings,
     new: NewTask,
     idempotency_key: str | None,
+    api_key: str,
     body_hash: str,
     room: Room,
 ) -> tuple[Task, bool]:
@@ -226,7 +232,9 @@ def _record(
         room(1)
     except QueueFull:
         # Whoever repeats a request that was taken must learn so, and not that it was not.
-        earlier = ledger.find_replay(new.owner, idempotency_key, body_hash) if idempotency_key else None
+        earlier = None
+        if idempotency_key:
+            earlier = ledger.find_replay(new.owner, idempotency_key, body_hash, api_key=api_key)
         if earlier is None:
             raise
         return earlier, True
@@ -234,6 +242,7 @@ def _record(
         task, replayed = ledger.submit(
             new,
             idempotency_key=idempotency_key,
+            api_key=api_key,
             body_hash=body_hash,
             idempotency_ttl_s=settings.idempotency_ttl_s,
         )

@@ -122,6 +122,7 @@ def submit_task(header: schemas.WaitingHeaders, body: schemas.SubmitBody) -> Res
             body.model_dump(exclude_unset=True),
             owner=access.owner(),
             idempotency_key=header.idempotency_key,
+            api_key=access.caller().key_id,
             room=access.room,
         )
     except IdempotencyConflict:
@@ -289,6 +290,7 @@ def retry_task(path: schemas.TaskPath, header: schemas.SubmitHeaders) -> Respons
             here.settings,
             former,
             idempotency_key=header.idempotency_key,
+            api_key=access.caller().key_id,
             room=access.room,
         )
     except IdempotencyConflict:

@@ -176,11 +176,24 @@ def submit_batch(header: schemas.SubmitHeaders, body: BatchBody) -> Response:
         if body.template is not None:
             template = body.template.model_dump(exclude_unset=True)
             batch, replayed = accept_grid(
-                *parts, template, body.grid, owner=who, idempotency_key=key, room=access.room
+                *parts,
+                template,
+                body.grid,
+                owner=who,
+                idempotency_key=key,
+                api_key=access.caller().key_id,
+                room=access.room,
             )
         else:
             tasks = [each.model_dump(exclude_unset=True) for each in body.tasks]
-            batch, replayed = accept_tasks(*parts, tasks, owner=who, idempotency_key=key, room=access.room)
+            batch, replayed = accept_tasks(
+                *parts,
+                tasks,
+                owner=who,
+                idempotency_key=key,
+                api_key=access.caller().key_id,
+                room=access.room,
+            )
     except IdempotencyConflict:
         detail = "This Idempotency-Key was used before with another body."
         raise Problem(422, "idempotency_key_reuse", detail) from None
