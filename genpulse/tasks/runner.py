@@ -612,7 +612,9 @@ class Runner:
         return self.ledger.finish(
             context.claim.fence,
             TaskStatus.FAILED,
-            error=ErrorInfo("internal", "What became of the task could not be recorded; see the worker's log."),
+            error=ErrorInfo(
+                "internal", "What became of the task could not be recorded; see the worker's log."
+            ),
             leaves_prompt=context.leaves_prompt,
         )
 

@@ -11,7 +11,23 @@ branch_labels = None
 depends_on = None
 
 _Id = sa.Uuid(as_uuid=False)
-_COLUMNS = "owner, key, body_hash, task_id, expires_at, batch_id"
+_OF_ITS_OWNER = """
+INSERT INTO idempotency_keys (owner, api_key, key, body_hash, task_id, expires_at, batch_id)
+SELECT f.owner, api_keys.id, f.key, f.body_hash, f.task_id, f.expires_at, f.batch_id
+FROM former_keys AS f JOIN api_keys ON api_keys.owner = f.owner
+"""
+# The owner of those without a key, and of the single key of the settings.
+_OF_EVERYBODY = """
+INSERT INTO idempotency_keys (owner, api_key, key, body_hash, task_id, expires_at, batch_id)
+SELECT f.owner, who.api_key, f.key, f.body_hash, f.task_id, f.expires_at, f.batch_id
+FROM former_keys AS f CROSS JOIN (SELECT '' AS api_key UNION ALL SELECT 'single') AS who
+WHERE f.owner = 'default'
+"""
+_ONE_OF_EACH = """
+INSERT INTO idempotency_keys (owner, key, body_hash, task_id, expires_at, batch_id)
+SELECT owner, key, body_hash, task_id, expires_at, batch_id FROM former_keys AS f
+WHERE api_key = (SELECT MIN(o.api_key) FROM former_keys AS o WHERE o.owner = f.owner AND o.key = f.key)
+"""
 
 
 def upgrade() -> None:
@@ -21,38 +37,15 @@ def upgrade() -> None:
     Of a row that is there it is not known which of them took it: whoever repeats a request after the
     upgrade is to find it all the same, and within a day they are all gone.
     """
-    _remake(
-        by_api_key=True,
-        fill=(
-            f"INSERT INTO idempotency_keys (api_key, {_COLUMNS})"
-            f" SELECT api_keys.id, {_of('former_keys')} FROM former_keys"
-            " JOIN api_keys ON api_keys.owner = former_keys.owner",
-            # The owner of those without a key, and of the single key of the settings.
-            f"INSERT INTO idempotency_keys (api_key, {_COLUMNS})"
-            f" SELECT who.api_key, {_of('former_keys')} FROM former_keys"
-            " CROSS JOIN (SELECT '' AS api_key UNION ALL SELECT 'single') AS who"
-            " WHERE former_keys.owner = 'default'",
-        ),
-    )
+    _remake(_OF_ITS_OWNER, _OF_EVERYBODY, by_api_key=True)
 
 
 def downgrade() -> None:
     """Take it away; of an owner's rows of one name one stays."""
-    _remake(
-        by_api_key=False,
-        fill=(
-            f"INSERT INTO idempotency_keys ({_COLUMNS}) SELECT {_COLUMNS} FROM former_keys"
-            " WHERE api_key = (SELECT MIN(other.api_key) FROM former_keys AS other"
-            " WHERE other.owner = former_keys.owner AND other.key = former_keys.key)",
-        ),
-    )
+    _remake(_ONE_OF_EACH, by_api_key=False)
 
 
-def _of(table: str) -> str:
-    return ", ".join(f"{table}.{column}" for column in _COLUMNS.split(", "))
-
-
-def _remake(*, by_api_key: bool, fill: tuple[str, ...]) -> None:
+def _remake(*fill: str, by_api_key: bool) -> None:
     """SQLite cannot change a primary key; the table is small, for its rows live a day."""
     op.execute("CREATE TABLE former_keys AS SELECT * FROM idempotency_keys")
     op.drop_table("idempotency_keys")
