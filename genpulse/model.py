@@ -292,6 +292,8 @@ class Batch:
     """When one of its tasks changed last."""
     ended_at: dt.datetime | None = None
     """When its last task ended; ``None`` while one is not final."""
+    task_ids: tuple[str, ...] = ()
+    """In the order of the request; only what has just recorded them knows them without asking."""
 
     @property
     def live(self) -> int:

@@ -8,6 +8,7 @@ All or nothing. What the tasks' params have in common is stored once, with the b
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -59,12 +60,12 @@ class Batches(Requests):
             api_key: The id of the API key that was shown; callers without one share a word.
 
         Returns:
-            The batch, and whether it is an earlier one (a replay).
+            The batch with its ``task_ids``, and whether it is an earlier one (a replay); that has none.
 
         Raises:
             IdempotencyConflict: The key was used with another body.
             SourceGone: A file or task that one of them names was deleted meanwhile.
-            LedgerUnavailable: Nothing is known to be recorded.
+            LedgerUnavailable: Nothing was recorded, or it is in doubt.
         """
         batch_id, owner = new_id(), tasks[0].owner
         # In the order of the tasks, for that is the order of the line: priority, time, id.
@@ -103,11 +104,15 @@ class Batches(Requests):
             self._hold_sources(connection, owner, assets, sources)
             connection.execute(INSERT.values(batch_id=batch_id), rows)
             self._insert_beside(connection, by_id)
-            return _batch(row, {TaskStatus.PENDING: len(tasks)})
+            return _batch(row, {TaskStatus.PENDING: len(tasks)}, task_ids=tuple(by_id))
+
+        def recorded(connection: sa.Connection) -> Batch | None:
+            found = _read_batch(connection, batch_id=batch_id, owner=owner)
+            return found and dataclasses.replace(found, task_ids=tuple(by_id))
 
         while True:
             with contextlib.suppress(KeyTaken):
-                return self._write(record), False
+                return self._write_or_find(record, recorded), False
             earlier = self.find_batch_replay(owner, str(idempotency_key), body_hash, api_key=api_key)
             if earlier is not None:
                 return earlier, True

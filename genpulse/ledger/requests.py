@@ -233,7 +233,7 @@ class Requests(Keys):
         Raises:
             IdempotencyConflict: The key was used with another body.
             SourceGone: A file or task that it names was deleted meanwhile.
-            LedgerUnavailable: Nothing is known to be recorded.
+            LedgerUnavailable: Nothing was recorded, or it is in doubt.
         """
         task_id = new_id()
 
@@ -251,9 +251,13 @@ class Requests(Keys):
                 )
             return task_from_row(row)
 
+        def recorded(connection: sa.Connection) -> Task | None:
+            row = connection.execute(sa.select(t.tasks).where(t.tasks.c.id == task_id)).mappings().first()
+            return None if row is None else task_from_row(row)
+
         while True:
             with contextlib.suppress(KeyTaken):
-                return self._write(record), False
+                return self._write_or_find(record, recorded), False
             # None: the task that had the key was deleted in this very moment, and the key with it.
             earlier = self.find_replay(new.owner, str(idempotency_key), body_hash, api_key=api_key)
             if earlier is not None:

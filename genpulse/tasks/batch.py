@@ -133,7 +133,7 @@ def accept_grid(
             ``too_large`` if the tasks differ by more bytes than a request may have.
         QueueFull: There is no room for so many; nothing was recorded.
         IdempotencyConflict: The key was used with another body.
-        LedgerUnavailable: Nothing is known to be recorded.
+        LedgerUnavailable: Nothing was recorded, or it is in doubt.
     """
     grid = Grid(template, values)
     if grid.stored_bytes > settings.max_body_bytes:

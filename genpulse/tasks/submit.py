@@ -81,7 +81,7 @@ def accept(  # the parts, the words, and who says them
         InvalidRequest: The words make no task; nothing was recorded.
         IdempotencyConflict: The key was used with another body.
         QueueFull: There is no room; nothing was recorded.
-        LedgerUnavailable: Nothing is known to be recorded.
+        LedgerUnavailable: Nothing was recorded, or it is in doubt.
     """
     (new,) = prepare(ledger, registry, settings, [body], owner=owner)
     digest = body_hash or body_digest(body)

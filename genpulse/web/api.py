@@ -131,9 +131,12 @@ def submit_task(header: schemas.WaitingHeaders, body: schemas.SubmitBody) -> Res
         here.wake()
     if not header.wait_s:
         return _accepted(schemas.Accepted, task, replayed=replayed)
-    # An earlier one may be final, and came without its outputs.
-    now = _task(task.id) if replayed else task
-    found, waited = await_task(now, header.wait_s, _is_final)
+    try:
+        # An earlier one may be final, and came without its outputs.
+        now = _task(task.id) if replayed else task
+        found, waited = await_task(now, header.wait_s, _is_final)
+    except LedgerUnavailable:  # to wait is a courtesy: what is recorded is accepted
+        return _accepted(schemas.Accepted, task, replayed=replayed)
     given = (
         _json(_view(found), 200, {"Location": _link("read_task", task_id=task.id)})
         if _is_final(found)
@@ -149,13 +152,16 @@ def submit_task(header: schemas.WaitingHeaders, body: schemas.SubmitBody) -> Res
 def _accepted(shape: type[schemas.Accepted], task: Task, *, replayed: bool, **more: Any) -> Response:
     """202 for a task that is recorded now, or was before."""
     links = schemas.urls(task.id, _link)
+    position = None
+    with contextlib.suppress(LedgerUnavailable):  # a courtesy, and no reason to send the task again
+        position = _position(task)
     view = shape(
         task_id=task.id,
         status=task.status,
         message="The task was recorded before." if replayed else "The task is recorded.",
         created_at=task.created_at,
         queue=task.queue,
-        queue_position=_position(task),
+        queue_position=position,
         urls=schemas.Urls(**links),
         **more,
     )

@@ -206,7 +206,8 @@ def submit_batch(header: schemas.SubmitHeaders, body: BatchBody) -> Response:
         message="The tasks were recorded before." if replayed else "The tasks are recorded.",
         created_at=batch.created_at,
         total=batch.size,
-        task_ids=here.ledger.batch_task_ids(batch.id, who),
+        # What is recorded is accepted, whether the ledger answers once more or not.
+        task_ids=list(batch.task_ids) or here.ledger.batch_task_ids(batch.id, who),
         urls=urls,
     )
     headers = {"Location": urls.self, "Retry-After": str(POLL_S)}

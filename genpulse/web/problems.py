@@ -203,7 +203,14 @@ def _queue_full(error: QueueFull) -> Response:
 
 def _ledger_away(error: LedgerUnavailable) -> Response:
     _log.warning("ledger_unavailable", request_id=request_id(), path=request.path, error=str(error))
-    return unavailable("The ledger does not answer just now; nothing was accepted.").response()
+    return unavailable(_IN_DOUBT if error.in_doubt else _NOTHING_ACCEPTED).response()
+
+
+_NOTHING_ACCEPTED = "The ledger does not answer just now; nothing was accepted."
+_IN_DOUBT = (
+    "The ledger went away before it confirmed the request; it is not known whether that was accepted. "
+    "With the same Idempotency-Key it is safe to repeat."
+)
 
 
 def _storage_away(error: StorageUnavailable) -> Response:
