@@ -26,6 +26,15 @@ __all__ = ["MAX_TASKS", "Grid", "accept_grid", "accept_tasks"]
 
 MAX_TASKS = 1000
 """Tasks of one batch."""
+MAX_COPIED = 1_000_000
+"""
+JSON values in all the copies that a grid makes of the fields its places lie in.
+
+Each copy is checked and compared by itself, which takes about 4 µs and 140 bytes for each value: a
+grid below a workflow of 5,000 nodes would otherwise keep a process busy for minutes, with gigabytes.
+"""
+_TEXT_AS_VALUE = 8192
+"""Characters of a text that take as long as one value: it is looked through, but not copied."""
 
 
 class Grid:
@@ -73,6 +82,26 @@ class Grid:
         )
         own = {name: value for name, value in self._template.items() if name != "params"}
         return varying + size * len(json.dumps(own))
+
+    def check_copies(self) -> None:
+        """
+        Refuse a grid whose places lie in fields too large to have a copy of in each task.
+
+        Raises:
+            InvalidRequest: ``too_large``.
+        """
+        size = math.prod(len(each) for each in self._values.values())
+        params = self._template["params"]
+        fields = {field: name for name, (field, key) in self._places.items() if key is not None}
+        values = {field: _number_of_values(params.get(field)) for field in fields}
+        if size * sum(values.values()) > MAX_COPIED:
+            field = max(fields, key=lambda each: values[each])
+            sentence = (
+                f"{size} copies of {field}, which holds {values[field]} values, are too many: a grid below it "
+                f"may make {max(1, MAX_COPIED // sum(values.values()))} tasks. Vary a value of inputs instead, "
+                "for which a workflow is not copied."
+            )
+            raise InvalidRequest("too_large", sentence, [(f"/grid/{_escape(fields[field])}", sentence)])
 
     def requests(self) -> list[dict[str, Any]]:
         """The template once for each combination."""
@@ -130,7 +159,8 @@ def accept_grid(
 
     Raises:
         InvalidRequest: One of them makes no task; its pointers are below ``/template`` and ``/grid``.
-            ``too_large`` if the tasks differ by more bytes than a request may have.
+            ``too_large`` if the tasks differ by more bytes than a request may have, or if a place lies
+            in a field too large to be copied for each of them.
         QueueFull: There is no room for so many; nothing was recorded.
         IdempotencyConflict: The key was used with another body.
         LedgerUnavailable: Nothing was recorded, or it is in doubt.
@@ -139,6 +169,7 @@ def accept_grid(
     if grid.stored_bytes > settings.max_body_bytes:
         sentence = f"What the tasks do not share is more than {settings.max_body_bytes} bytes."
         raise InvalidRequest("too_large", sentence, [("/grid", sentence)])
+    grid.check_copies()
     return _accept(
         ledger,
         registry,
@@ -238,6 +269,21 @@ def _sharing(tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for task in tasks
     ]
+
+
+def _number_of_values(value: object) -> int:
+    """The size of a JSON value: itself and all that it holds."""
+    number, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        number += 1
+        if isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, str):
+            number += len(item) // _TEXT_AS_VALUE
+    return number
 
 
 def _place(name: str) -> tuple[str, str | None]:
