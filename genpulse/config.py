@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     min_free_bytes: int = Field(
         256 * 2**20,
         ge=0,
-        description="Nothing more is taken in while the data folder's disk has less free. Only for what is kept there.",
+        description="Nothing more is taken in while the data folder's disk has less free, beside what uploads under way will need. Only for what is kept there.",
     )
     wrong_keys: int = Field(
         10,
