@@ -184,6 +184,8 @@ class NewTask:
     retry_of: str | None = None
     assets: frozenset[str] = frozenset()
     """Ids of the uploaded files it names."""
+    params_of: str | None = None
+    """The batch that keeps the rest of its params, which then are not whole."""
     source_tasks: frozenset[str] = frozenset()
     """Ids of the tasks whose outputs it names."""
     request_id: str | None = None

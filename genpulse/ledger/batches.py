@@ -221,13 +221,18 @@ class Batches(Requests):
         return self._write(request)
 
     def forget_empty_batches(self) -> int:
-        """Drop batches whose tasks were all deleted, in a bounded number. Returns how many."""
+        """
+        Drop batches whose tasks were all deleted, in a bounded number. Returns how many.
+
+        One whose shared params a retry uses stays until that is gone as well.
+        """
         batch = t.batches.c
         empty = (
             sa.select(batch.id)
             .where(
                 batch.created_at < after(-_TIDY_AFTER_S),
                 ~sa.exists().where(t.tasks.c.batch_id == batch.id),
+                ~sa.exists().where(t.tasks.c.params_of == batch.id),
             )
             .limit(500)
         )

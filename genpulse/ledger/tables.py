@@ -95,6 +95,8 @@ tasks = sa.Table(
     # The request that sent it, by its id and by its place in a trace.
     sa.Column("request_id", sa.String(64)),
     sa.Column("traceparent", sa.String(60)),
+    # The batch that keeps the rest of the params of a task that is not one of its own: a retry's.
+    sa.Column("params_of", _Id),
     sa.CheckConstraint(
         "status IN ('pending', 'processing', 'completed', 'failed', 'canceled')", name="status"
     ),
@@ -104,6 +106,7 @@ tasks = sa.Table(
     sa.Index("ix_tasks_owner_id", "owner", "id"),
     sa.Index("ix_tasks_owner_status_id", "owner", "status", "id"),
     sa.Index("ix_tasks_batch", "batch_id", "batch_index", **_live("batch_id IS NOT NULL")),
+    sa.Index("ix_tasks_params_of", "params_of", **_live("params_of IS NOT NULL")),
     sa.Index("ix_tasks_retry_of", "retry_of", **_live("retry_of IS NOT NULL")),
     sa.Index(
         "ix_tasks_outbox",

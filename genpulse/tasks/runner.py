@@ -293,7 +293,7 @@ class AttemptContext:
                 return asset.key
         elif scheme == "output":
             task_id, _, index = rest.partition("/")
-            task = self.insist(lambda: self.ledger.get(task_id, self.task.owner))
+            task = self.insist(lambda: self.ledger.get(task_id, self.task.owner, with_params=False))
             for output in task.outputs if task is not None else ():
                 if str(output.index) == index:
                     return output.key
@@ -549,7 +549,7 @@ class Runner:
 
     def _history(self, context: AttemptContext) -> tuple[Any, ...]:
         try:
-            task = self.ledger.get(context.task.id)
+            task = self.ledger.get(context.task.id, with_params=False)
         except LedgerUnavailable:
             return ()
         return task.attempts if task is not None else ()

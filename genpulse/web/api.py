@@ -288,7 +288,7 @@ def retry_task(path: schemas.TaskPath, header: schemas.SubmitHeaders) -> Respons
     Type, params, priority, timeout, attempts, metadata and callback are the old one's.
     """
     here = service()
-    former = _task(path.task_id)
+    former = _task(path.task_id, with_params=True)
     try:
         task, replayed = retry(
             here.ledger,
@@ -391,7 +391,7 @@ def delete_task(path: schemas.TaskPath) -> Response:
 def read_output(path: schemas.OutputPath) -> Response:
     """Read the bytes of an output; the address is stable as long as the task exists."""
     here = service()
-    task = here.ledger.get(_known(path.task_id), access.owner())
+    task = here.ledger.get(_known(path.task_id), access.owner(), with_params=False)
     if task is None:
         if here.ledger.was_deleted(_known(path.task_id), access.owner()):
             raise Problem(410, detail="The task was deleted, and its files with it.")
@@ -580,8 +580,8 @@ def _known(task_id: str) -> str:
     return task_id.lower()
 
 
-def _task(task_id: str) -> Task:
-    task = service().ledger.get(_known(task_id), access.owner())
+def _task(task_id: str, *, with_params: bool = False) -> Task:
+    task = service().ledger.get(_known(task_id), access.owner(), with_params=with_params)
     if task is None:
         raise _unknown_task()
     return task

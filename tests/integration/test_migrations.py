@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -188,6 +189,27 @@ def test_idempotency_keys_of_an_owner_become_those_of_its_api_keys(empty_url: st
             assert ledger.find_replay("default", "k", "h", api_key=word) == everybodys
         migrate_to(ledger, "0006", down=True)
         assert len(rows_of(ledger, "idempotency_keys")) == 3
+
+
+def test_going_back_gives_retries_their_whole_params(empty_url: str) -> None:
+    """What a batch kept for them, and they did not repeat."""
+    with open_ledger(empty_url) as ledger:
+        ledger.migrate()
+        new = NewTask("comfyui", "comfy", {"workflow": {"1": "node"}, "inputs": {"seed": 1}}, owner="ada")
+        batch, _ = ledger.submit_batch([new])
+        ledger.cancel_batch(batch.id)
+        retry = dataclasses.replace(
+            new, params={"inputs": {"seed": 2}}, params_of=batch.id, retry_of=batch.task_ids[0]
+        )
+        (made,) = ledger.retry_all([retry])
+        whole = {"workflow": {"1": "node"}, "inputs": {"seed": 2}}
+        assert claim(ledger, made).task.params == whole
+
+        migrate_to(ledger, "0007", down=True)
+
+        ledger.migrate()
+        (row,) = rows(ledger, t.tasks, t.tasks.c.id == made.id)
+        assert (row["params"], row["params_of"]) == (whole, None)
 
 
 def rows_of(ledger: Ledger, table: str) -> list[Any]:
