@@ -520,6 +520,9 @@ class Requests(Keys):
         Of any number of callers at once, one retries a task, unless *again* is asked for. A task is
         left out if it, or a file that it needs, was deleted meanwhile. The batch that a retry's params are
         a rest of (``params_of``) must be that of the task it retries: while that is there, so is the batch.
+
+        Returns:
+            The new tasks, whose params are the rest where a batch keeps some of them.
         """
         by_former = {str(new.retry_of): new for new in retries}
 

@@ -137,3 +137,24 @@ def test_a_ledger_that_was_away_before_accepted_nothing(api: Any) -> None:
 
     assert answer.status_code == 503
     assert "nothing was accepted" in answer.json["detail"]
+
+
+def test_a_cancel_that_cannot_be_read_back_is_safe_to_repeat(api: Any) -> None:
+    """It was committed, and the answer does not say that it was not."""
+    task_id = api.submit()["task_id"]
+    began: list[bool] = []
+
+    def begin(connection: sa.Connection) -> None:
+        if began and connection.get_execution_options()["genpulse_read_only"]:
+            raise sa.exc.OperationalError("BEGIN", {}, Exception("connection refused"))
+        began.append(not connection.get_execution_options()["genpulse_read_only"])
+
+    api.client.get("/task")
+    engine = api.service.ledger.engine
+    sa.event.listen(engine, "begin", begin)
+    answer = api.client.post(f"/task/{task_id}/cancel")
+    sa.event.remove(engine, "begin", begin)
+
+    assert answer.status_code == 503
+    assert "nothing was accepted" not in answer.text
+    assert api.client.post(f"/task/{task_id}/cancel").json["status"] == "canceled"
