@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     min_free_bytes: int = Field(
         256 * 2**20,
         ge=0,
-        description="Nothing more is taken in while the data folder's disk has less free. Only for what is kept there.",
+        description="Nothing more is taken in while the data folder's disk has less free, beside what uploads under way will need. Only for what is kept there.",
     )
     wrong_keys: int = Field(
         10,
@@ -507,13 +507,16 @@ def _parts(text: str) -> list[str]:
     return [part for piece in text.split(",") if (part := piece.strip())]
 
 
+_SERVER_NAME_CHARS = 200
+
+
 def parse_servers(text: str) -> tuple[ComfyServer, ...]:
     """
     Read ``gpu1=http://127.0.0.1:8188,…``.
 
     Raises:
-        ValueError: Not a URL, two servers of one name, or an unnamed server on another host,
-            whose name could not be the same for the whole fleet.
+        ValueError: Not a URL, two servers of one name, a name that the ledger would not take, or an
+            unnamed server on another host, whose name could not be the same for the whole fleet.
     """
     servers: list[ComfyServer] = []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
@@ -527,6 +530,9 @@ def parse_servers(text: str) -> tuple[ComfyServer, ...]:
                 msg = f"give the server at {split.hostname} a name: name={url}"
                 raise ValueError(msg)
             name = f"{socket.gethostname()}:{split.port or 8188}"
+        if len(name) > _SERVER_NAME_CHARS:
+            msg = f"a server's name has at most {_SERVER_NAME_CHARS} characters"
+            raise ValueError(msg)
         servers.append(ComfyServer((name, url.rstrip("/"))))
     names = [server.name for server in servers]
     if len(set(names)) < len(names):

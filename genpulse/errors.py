@@ -138,9 +138,18 @@ class StorageUnavailable(Retryable):
 
 
 class LedgerUnavailable(GenPulseError):
-    """The database did not answer. Says nothing about whether a write happened."""
+    """
+    The database did not answer.
+
+    Args:
+        in_doubt: Whether something may have been written all the same: the answer to a commit was lost.
+    """
 
     code = "internal"
+
+    def __init__(self, message: str = "", *, in_doubt: bool = False) -> None:
+        super().__init__(message)
+        self.in_doubt = in_doubt
 
 
 class QueueFull(GenPulseError):

@@ -184,6 +184,8 @@ class NewTask:
     retry_of: str | None = None
     assets: frozenset[str] = frozenset()
     """Ids of the uploaded files it names."""
+    params_of: str | None = None
+    """The batch that keeps the rest of its params, which then are not whole."""
     source_tasks: frozenset[str] = frozenset()
     """Ids of the tasks whose outputs it names."""
     request_id: str | None = None
@@ -292,6 +294,8 @@ class Batch:
     """When one of its tasks changed last."""
     ended_at: dt.datetime | None = None
     """When its last task ended; ``None`` while one is not final."""
+    task_ids: tuple[str, ...] = ()
+    """In the order of the request; only what has just recorded them knows them without asking."""
 
     @property
     def live(self) -> int:

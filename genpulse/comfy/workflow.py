@@ -43,6 +43,8 @@ MAX_NODES = 5000
 MAX_DEPTH = 32
 MAX_VALUES = 500_000
 MAX_NAME = 256
+MAX_NODE_ID = 200
+"""Each output is recorded with its node's id; servers themselves name nodes by numbers."""
 MAX_ERRORS = 20
 MAX_NAMES_SHOWN = 40
 
@@ -376,8 +378,10 @@ def _check_nodes(workflow: object, errors: _Errors) -> None:
         errors.add(("prompt",), 'this is the body of a POST /prompt; send what stands under "prompt"')
         return
     for node_id, node in workflow.items():
-        if not isinstance(node_id, str) or not _is_name(node_id):
-            errors.add((str(node_id)[:MAX_NAME],), "node ids are texts of 1 to 256 visible characters")
+        if not isinstance(node_id, str) or not _is_name(node_id) or len(node_id) > MAX_NODE_ID:
+            errors.add(
+                (str(node_id)[:MAX_NODE_ID],), f"node ids are texts of 1 to {MAX_NODE_ID} visible characters"
+            )
         elif not isinstance(node, Mapping):
             errors.add((node_id,), "a node must be an object with class_type and inputs")
         else:

@@ -14,10 +14,11 @@ from genpulse.ledger.dispatching import Dispatch
 from genpulse.ledger.keys import KeyText, OwnerRoom, mint
 from genpulse.ledger.ledger import Ledger
 from genpulse.ledger.measures import Ended, Line
-from genpulse.ledger.requests import IdempotencyConflict, SourceGone, new_id
+from genpulse.ledger.requests import IdempotencyConflict, Source, SourceGone, new_id
 from genpulse.ledger.retiring import Removal
 from genpulse.ledger.running import Beat, StaleLease, Stray
 from genpulse.ledger.sessions import ProcessSession, SessionProbe
+from genpulse.ledger.sharing import Shared
 from genpulse.ledger.tables import metadata
 from genpulse.ledger.webhooks import Backlog, Delivery, DeliveryStatus, DeliveryTry
 
@@ -37,6 +38,8 @@ __all__ = [
     "ProcessSession",
     "Removal",
     "SessionProbe",
+    "Shared",
+    "Source",
     "SourceGone",
     "StaleLease",
     "Stray",

@@ -222,9 +222,27 @@ class Base:
         Run *work* in a transaction that may write.
 
         A connection that turns out dead before the commit is replaced once, because nothing was
-        done on it yet; a commit whose answer was lost raises, and its caller reads back.
+        done on it yet; a commit whose answer was lost raises, *in doubt*, and its caller reads back.
         """
         return self._transact(work, READ_WRITE)
+
+    def _write_or_find(
+        self, work: Callable[[sa.Connection], T], find: Callable[[sa.Connection], T | None]
+    ) -> T:
+        """
+        :meth:`_write`; where the commit's answer was lost, what *find* finds of it is the answer.
+
+        What is not there yet may come still, from a commit that is under way: then it stays in doubt.
+        """
+        try:
+            return self._write(work)
+        except LedgerUnavailable as error:
+            if not error.in_doubt:
+                raise
+            with contextlib.suppress(LedgerUnavailable):
+                if (found := self._read(find)) is not None:
+                    return found
+            raise
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -277,10 +295,11 @@ class Base:
             except sa.exc.DBAPIError as error:
                 if error.connection_invalidated and not committing and not last:
                     continue
+                in_doubt = committing and options is READ_WRITE
                 if isinstance(error, sa.exc.OperationalError | sa.exc.InterfaceError | sa.exc.InternalError):
-                    raise LedgerUnavailable(_reason(error)) from error
+                    raise LedgerUnavailable(_reason(error), in_doubt=in_doubt) from error
                 if error.connection_invalidated:
-                    raise LedgerUnavailable(_reason(error)) from error
+                    raise LedgerUnavailable(_reason(error), in_doubt=in_doubt) from error
                 if isinstance(error, sa.exc.ProgrammingError):  # tables are missing: not migrated yet
                     raise LedgerUnavailable(_reason(error)) from error
                 raise

@@ -8,6 +8,7 @@ All or nothing. What the tasks' params have in common is stored once, with the b
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -44,6 +45,7 @@ class Batches(Requests):
         *,
         grid: Sequence[str] = (),
         idempotency_key: str | None = None,
+        api_key: str = "",
         body_hash: str = "",
         idempotency_ttl_s: int = 86_400,
     ) -> tuple[Batch, bool]:
@@ -55,14 +57,15 @@ class Batches(Requests):
             grid: Names of the params that vary, to be told to readers.
             idempotency_key: As for a single task, and of the same kind: a key that brought about a
                 task is taken for a batch as well.
+            api_key: The id of the API key that was shown; callers without one share a word.
 
         Returns:
-            The batch, and whether it is an earlier one (a replay).
+            The batch with its ``task_ids``, and whether it is an earlier one (a replay); that has none.
 
         Raises:
             IdempotencyConflict: The key was used with another body.
             SourceGone: A file or task that one of them names was deleted meanwhile.
-            LedgerUnavailable: Nothing is known to be recorded.
+            LedgerUnavailable: Nothing was recorded, or it is in doubt.
         """
         batch_id, owner = new_id(), tasks[0].owner
         # In the order of the tasks, for that is the order of the line: priority, time, id.
@@ -92,6 +95,7 @@ class Batches(Requests):
                 self._take_key(
                     connection,
                     owner=owner,
+                    api_key=api_key,
                     key=idempotency_key,
                     body_hash=body_hash,
                     batch_id=batch_id,
@@ -100,15 +104,20 @@ class Batches(Requests):
             self._hold_sources(connection, owner, assets, sources)
             connection.execute(INSERT.values(batch_id=batch_id), rows)
             self._insert_beside(connection, by_id)
-            return _batch(row, {TaskStatus.PENDING: len(tasks)})
+            return _batch(row, {TaskStatus.PENDING: len(tasks)}, task_ids=tuple(by_id))
+
+        def recorded(connection: sa.Connection) -> Batch | None:
+            found = _read_batch(connection, batch_id=batch_id, owner=owner)
+            return found and dataclasses.replace(found, task_ids=tuple(by_id))
 
         while True:
             with contextlib.suppress(KeyTaken):
-                return self._write(record), False
-            if (earlier := self.find_batch_replay(owner, str(idempotency_key), body_hash)) is not None:
+                return self._write_or_find(record, recorded), False
+            earlier = self.find_batch_replay(owner, str(idempotency_key), body_hash, api_key=api_key)
+            if earlier is not None:
                 return earlier, True
 
-    def find_batch_replay(self, owner: str, key: str, body_hash: str) -> Batch | None:
+    def find_batch_replay(self, owner: str, key: str, body_hash: str, *, api_key: str = "") -> Batch | None:
         """
         The batch that a request with this key has brought about before.
 
@@ -116,7 +125,9 @@ class Batches(Requests):
             IdempotencyConflict: The key was used with another body.
         """
         column = t.idempotency_keys.c
-        query = sa.select(column.body_hash, column.batch_id).where(column.owner == owner, column.key == key)
+        query = sa.select(column.body_hash, column.batch_id).where(
+            column.owner == owner, column.api_key == api_key, column.key == key
+        )
         row = self._read(lambda connection: connection.execute(query).first())
         if row is None:
             return None
@@ -210,13 +221,18 @@ class Batches(Requests):
         return self._write(request)
 
     def forget_empty_batches(self) -> int:
-        """Drop batches whose tasks were all deleted, in a bounded number. Returns how many."""
+        """
+        Drop batches whose tasks were all deleted, in a bounded number. Returns how many.
+
+        One whose shared params a retry uses stays until that is gone as well.
+        """
         batch = t.batches.c
         empty = (
             sa.select(batch.id)
             .where(
                 batch.created_at < after(-_TIDY_AFTER_S),
                 ~sa.exists().where(t.tasks.c.batch_id == batch.id),
+                ~sa.exists().where(t.tasks.c.params_of == batch.id),
             )
             .limit(500)
         )

@@ -281,7 +281,7 @@ class Dispatching(Running):
     def forget_expired_keys(self) -> int:
         """Drop idempotency keys that are past their time, in a bounded batch."""
         key = t.idempotency_keys.c
-        old = sa.select(key.owner, key.key).where(key.expires_at <= now()).limit(1000)
+        old = sa.select(key.owner, key.api_key, key.key).where(key.expires_at <= now()).limit(1000)
         rows = self._read(lambda connection: connection.execute(old).all())
         if not rows:
             return 0
@@ -290,7 +290,10 @@ class Dispatching(Running):
             return sum(
                 connection.execute(
                     sa.delete(t.idempotency_keys).where(
-                        key.owner == row.owner, key.key == row.key, key.expires_at <= now()
+                        key.owner == row.owner,
+                        key.api_key == row.api_key,
+                        key.key == row.key,
+                        key.expires_at <= now(),
                     )
                 ).rowcount
                 for row in rows

@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from genpulse.ledger import tables as t
 from genpulse.ledger.batches import Batches
 from genpulse.ledger.labels import label
-from genpulse.ledger.requests import in_parts, is_id, task_from_row
+from genpulse.ledger.requests import NARROW, in_parts, is_id, task_from_row
 from genpulse.model import Task, TaskStatus
 
 __all__ = ["SCANNED", "Lists", "Page"]
@@ -110,15 +110,11 @@ class Lists(Batches):
                 more, looked_at = len(rows) == size, looked_at + len(rows)
                 below = rows[-1].id if rows else below
             page = found[:limit]
-            query = sa.select(*_NARROW).where(task.id.in_(page)).order_by(task.id.desc())
+            query = NARROW.where(task.id.in_(page)).order_by(task.id.desc())
             tasks = [task_from_row(row) for row in connection.execute(query).mappings()] if page else []
             return Page(tasks, page[-1] if len(found) > limit else below if more else None)
 
         return self._read(read)
-
-
-_NARROW = [column for column in t.tasks.c if column.name != "params"]
-"""A page of tasks with large workflows would be many megabytes that nobody asked for."""
 
 
 def _fits(rest: Sequence[sa.ColumnElement[bool]]) -> sa.Label[Any]:

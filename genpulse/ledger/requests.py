@@ -7,6 +7,7 @@ import datetime as dt
 import functools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,7 +17,7 @@ from genpulse.errors import GenPulseError
 from genpulse.ledger import tables as t
 from genpulse.ledger.keys import Keys
 from genpulse.ledger.labels import label
-from genpulse.ledger.sharing import join
+from genpulse.ledger.sharing import Shared, join
 from genpulse.ledger.types import after, now
 from genpulse.model import (
     Asset,
@@ -31,7 +32,7 @@ from genpulse.model import (
     TaskStatus,
 )
 
-__all__ = ["IdempotencyConflict", "Requests", "SourceGone", "new_id"]
+__all__ = ["IdempotencyConflict", "Requests", "Source", "SourceGone", "new_id"]
 
 CANCELED = ErrorInfo(code="canceled", message="The task was canceled.")
 
@@ -65,10 +66,13 @@ def is_id(text: str) -> bool:
     return _ID.fullmatch(text) is not None
 
 
-WHOLE = sa.select(t.tasks, t.batches.c.shared_params).outerjoin(
-    t.batches, t.batches.c.id == t.tasks.c.batch_id
-)
-"""Tasks with what their batch keeps for them."""
+_PARAMS_OF = sa.func.coalesce(t.tasks.c.params_of, t.tasks.c.batch_id, type_=t.tasks.c.batch_id.type)
+
+WHOLE = sa.select(t.tasks, t.batches.c.shared_params).outerjoin(t.batches, t.batches.c.id == _PARAMS_OF)
+"""Tasks with what a batch keeps for them."""
+
+NARROW = sa.select(*(column for column in t.tasks.c if column.name != "params"))
+"""Tasks without params: a page of large workflows would be many megabytes that nobody asked for."""
 
 
 def task_from_row(
@@ -80,7 +84,7 @@ def task_from_row(
     """
     Build the frozen record from a row of ``tasks``.
 
-    A task of a batch has whole params only if its row was read by :data:`WHOLE`.
+    A task whose params a batch keeps a part of has them whole only if its row was read by :data:`WHOLE`.
     """
     shared = row.get("shared_params")
     return Task(
@@ -196,12 +200,23 @@ def values_of(task_id: str, new: NewTask) -> dict[str, Any]:
         "metadata": dict(new.metadata),
         "callback_url": new.callback_url,
         "retry_of": new.retry_of,
+        "params_of": new.params_of,
         "timeout_s": new.timeout_s,
         "max_attempts": new.max_attempts,
         "expires_in_s": new.expires_in_s,
         "request_id": new.request_id,
         "traceparent": new.traceparent,
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A task that is sent again, and what a batch keeps of its params."""
+
+    task: Task
+    shared: Shared | None
+    size: int
+    """About how many bytes of JSON it takes beside what it shares."""
 
 
 class Requests(Keys):
@@ -212,6 +227,7 @@ class Requests(Keys):
         new: NewTask,
         *,
         idempotency_key: str | None = None,
+        api_key: str = "",
         body_hash: str = "",
         idempotency_ttl_s: int = 86_400,
     ) -> tuple[Task, bool]:
@@ -222,7 +238,8 @@ class Requests(Keys):
         a task and the others get that task.
 
         Args:
-            idempotency_key: The caller's key, unique per owner while it is kept.
+            idempotency_key: The caller's key, unique per API key while it is kept.
+            api_key: The id of the API key that was shown; callers without one share a word.
             body_hash: Digest of the request; the same key with another digest is a conflict.
 
         Returns:
@@ -231,7 +248,7 @@ class Requests(Keys):
         Raises:
             IdempotencyConflict: The key was used with another body.
             SourceGone: A file or task that it names was deleted meanwhile.
-            LedgerUnavailable: Nothing is known to be recorded.
+            LedgerUnavailable: Nothing was recorded, or it is in doubt.
         """
         task_id = new_id()
 
@@ -241,6 +258,7 @@ class Requests(Keys):
                 self._take_key(
                     connection,
                     owner=new.owner,
+                    api_key=api_key,
                     key=idempotency_key,
                     body_hash=body_hash,
                     task_id=task_id,
@@ -248,11 +266,16 @@ class Requests(Keys):
                 )
             return task_from_row(row)
 
+        def recorded(connection: sa.Connection) -> Task | None:
+            row = connection.execute(sa.select(t.tasks).where(t.tasks.c.id == task_id)).mappings().first()
+            return None if row is None else task_from_row(row)
+
         while True:
             with contextlib.suppress(KeyTaken):
-                return self._write(record), False
+                return self._write_or_find(record, recorded), False
             # None: the task that had the key was deleted in this very moment, and the key with it.
-            if (earlier := self.find_replay(new.owner, str(idempotency_key), body_hash)) is not None:
+            earlier = self.find_replay(new.owner, str(idempotency_key), body_hash, api_key=api_key)
+            if earlier is not None:
                 return earlier, True
 
     def _insert_task(self, connection: sa.Connection, task_id: str, new: NewTask) -> sa.RowMapping:
@@ -305,26 +328,31 @@ class Requests(Keys):
         if labels:
             connection.execute(sa.insert(t.task_labels), labels)
 
-    def _take_key(self, connection: sa.Connection, *, owner: str, key: str, **values: Any) -> None:
+    def _take_key(
+        self, connection: sa.Connection, *, owner: str, api_key: str, key: str, **values: Any
+    ) -> None:
         """Write an idempotency key beside what it brings about; raises :class:`KeyTaken`."""
         column = t.idempotency_keys.c
         connection.execute(
             sa.delete(t.idempotency_keys).where(
-                column.owner == owner, column.key == key, column.expires_at <= now()
+                column.owner == owner,
+                column.api_key == api_key,
+                column.key == key,
+                column.expires_at <= now(),
             )
         )
         taken = connection.execute(
             self._insert(t.idempotency_keys)
-            .values(owner=owner, key=key, **values)
+            .values(owner=owner, api_key=api_key, key=key, **values)
             .on_conflict_do_nothing()
             .returning(column.key)
         ).first()
         if taken is None:
             raise KeyTaken
 
-    def find_replay(self, owner: str, key: str, body_hash: str) -> Task | None:
+    def find_replay(self, owner: str, key: str, body_hash: str, *, api_key: str = "") -> Task | None:
         """
-        The task that an owner's idempotency key brought, if it is still kept.
+        The task that an idempotency key of this API key brought, if it is still kept.
 
         Raises:
             IdempotencyConflict: It was used with another body.
@@ -335,7 +363,11 @@ class Requests(Keys):
                 sa.select(t.tasks, t.idempotency_keys.c.body_hash)
                 .select_from(t.idempotency_keys)
                 .outerjoin(t.tasks, t.tasks.c.id == t.idempotency_keys.c.task_id)
-                .where(t.idempotency_keys.c.owner == owner, t.idempotency_keys.c.key == key)
+                .where(
+                    t.idempotency_keys.c.owner == owner,
+                    t.idempotency_keys.c.api_key == api_key,
+                    t.idempotency_keys.c.key == key,
+                )
             )
             return connection.execute(query).mappings().first()
 
@@ -347,18 +379,19 @@ class Requests(Keys):
             raise IdempotencyConflict(msg)
         return task_from_row(row)
 
-    def get(self, task_id: str, owner: str | None = None) -> Task | None:
+    def get(self, task_id: str, owner: str | None = None, *, with_params: bool = True) -> Task | None:
         """
         Read one task with its outputs and attempts.
 
         Args:
             owner: If given, somebody else's task is as unknown as one that does not exist.
+            with_params: Whether they are needed: they may be a workflow of megabytes.
         """
         if not is_id(task_id := task_id.lower()):
             return None
 
         def read(connection: sa.Connection) -> Task | None:
-            query = WHOLE.where(t.tasks.c.id == task_id)
+            query = (WHOLE if with_params else NARROW).where(t.tasks.c.id == task_id)
             if owner is not None:
                 query = query.where(t.tasks.c.owner == owner)
             row = connection.execute(query).mappings().first()
@@ -402,16 +435,16 @@ class Requests(Keys):
         after_id: str | None = None,
         again: bool = False,
         limit: int = 100,
-    ) -> list[Task]:
+    ) -> list[str]:
         """
-        An owner's final tasks that a retry in bulk may take, oldest first, without outputs and attempts.
+        The ids of an owner's final tasks that a retry in bulk may take, oldest first.
 
         Args:
             after_id: The last id of the page before.
             again: Also those that were retried already.
         """
         task, later = t.tasks.c, t.tasks.alias("later")
-        query = WHOLE.where(task.owner == owner, task.status == status).order_by(task.id)
+        query = sa.select(task.id).where(task.owner == owner, task.status == status).order_by(task.id)
         if error_code is not None:
             query = query.where(task.error["code"].as_string() == error_code)
         if task_type is not None:
@@ -424,18 +457,72 @@ class Requests(Keys):
             query = query.where(task.id > after_id)
         if not again:
             query = query.where(~sa.exists().where(later.c.retry_of == task.id))
-        return self._read(
-            lambda connection: [
-                task_from_row(row) for row in connection.execute(query.limit(limit)).mappings()
-            ]
-        )
+        return list(self._read(lambda connection: connection.execute(query.limit(limit)).scalars().all()))
+
+    def retry_sources(
+        self, task_ids: Sequence[str], known: dict[str, Shared], *, max_bytes: int
+    ) -> list[Source | None]:
+        """
+        The first of these tasks with their params, without outputs and attempts.
+
+        What a batch keeps for several of them is read once, and is one object in the params of all.
+
+        Args:
+            known: What batches keep, by their ids, as far as it was read before; more is added.
+            max_bytes: About how much JSON to read and to copy; what the first one needs comes on top.
+
+        Returns:
+            At least one, in order; ``None`` for one that was deleted meanwhile.
+        """
+        task = t.tasks.c
+        length = sa.func.length(sa.cast(task.params, sa.Text)).label("params_length")
+        narrow = sa.select(_PARAMS_OF.label("shared_id"), length)
+
+        def read(connection: sa.Connection) -> list[Source | None]:
+            found: list[Source | None] = []
+            left = max_bytes
+            for task_id in task_ids:
+                # One by one: what they need together cannot be known before.
+                about = connection.execute(narrow.where(task.id == task_id)).first()
+                if about is None:
+                    found.append(None)
+                    continue
+                shared_id, needed = about
+                if found and needed > left:
+                    break
+                if shared_id is not None and shared_id not in known:
+                    if found and left < max_bytes // 2:  # it may be large, and the next call has room for it
+                        break
+                    kept = sa.select(t.batches.c.shared_params).where(t.batches.c.id == shared_id)
+                    if (params := connection.execute(kept).scalar()) is not None:
+                        known[shared_id] = Shared(shared_id, params)
+                        needed += known[shared_id].size if found else 0
+                row = connection.execute(sa.select(t.tasks).where(task.id == task_id)).mappings().first()
+                if row is None:
+                    found.append(None)
+                    continue
+                shared = known.get(shared_id)
+                if shared is not None:
+                    needed += shared.copied(row["params"])
+                whole = {**row, "shared_params": None if shared is None else shared.params}
+                found.append(Source(task_from_row(whole), shared, needed))
+                left -= needed
+                if left <= 0:
+                    break
+            return found
+
+        return self._read(read)
 
     def retry_all(self, retries: Sequence[NewTask], *, again: bool = False) -> list[Task]:
         """
         Record retries (``retry_of`` says of what) in one transaction; those that may not be are left out.
 
         Of any number of callers at once, one retries a task, unless *again* is asked for. A task is
-        left out if it, or a file that it needs, was deleted meanwhile.
+        left out if it, or a file that it needs, was deleted meanwhile. The batch that a retry's params are
+        a rest of (``params_of``) must be that of the task it retries: while that is there, so is the batch.
+
+        Returns:
+            The new tasks, whose params are the rest where a batch keeps some of them.
         """
         by_former = {str(new.retry_of): new for new in retries}
 
@@ -489,7 +576,7 @@ class Requests(Keys):
         cancel wins.
 
         Returns:
-            The task as it now is, or ``None`` if there is none for this owner.
+            The task as it now is, without params, or ``None`` if there is none for this owner.
         """
 
         def request(connection: sa.Connection) -> bool:
@@ -517,7 +604,7 @@ class Requests(Keys):
             self._notify(connection, "cancel")
             return True
 
-        return self.get(task_id, owner) if self._write(request) else None
+        return self.get(task_id, owner, with_params=False) if self._write(request) else None
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Live tasks as ``{queue: {"pending": n, "processing": n}}``; final ones are not counted."""

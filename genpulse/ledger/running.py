@@ -201,7 +201,7 @@ class Running(Lists):
                 .order_by(t.attempts.c.number.desc())
             ).mappings()
             earlier = [attempt_from_row(found) for found in rows]
-        if row["batch_id"] is not None:
+        if row["batch_id"] is not None or row["params_of"] is not None:
             row = connection.execute(WHOLE.where(t.tasks.c.id == row["id"])).mappings().one()
         # A prompt whose end was seen by any attempt is judged, and never adopted again.
         judged = {each.prompt_id for each in earlier if each.outcome and not each.outcome.leaves_prompt}

@@ -95,6 +95,8 @@ tasks = sa.Table(
     # The request that sent it, by its id and by its place in a trace.
     sa.Column("request_id", sa.String(64)),
     sa.Column("traceparent", sa.String(60)),
+    # The batch that keeps the rest of the params of a task that is not one of its own: a retry's.
+    sa.Column("params_of", _Id),
     sa.CheckConstraint(
         "status IN ('pending', 'processing', 'completed', 'failed', 'canceled')", name="status"
     ),
@@ -104,6 +106,7 @@ tasks = sa.Table(
     sa.Index("ix_tasks_owner_id", "owner", "id"),
     sa.Index("ix_tasks_owner_status_id", "owner", "status", "id"),
     sa.Index("ix_tasks_batch", "batch_id", "batch_index", **_live("batch_id IS NOT NULL")),
+    sa.Index("ix_tasks_params_of", "params_of", **_live("params_of IS NOT NULL")),
     sa.Index("ix_tasks_retry_of", "retry_of", **_live("retry_of IS NOT NULL")),
     sa.Index(
         "ix_tasks_outbox",
@@ -275,6 +278,9 @@ idempotency_keys = sa.Table(
     "idempotency_keys",
     metadata,
     sa.Column("owner", sa.String(200), primary_key=True),
+    # Whose key it is: the id of an API key, or a word for a caller who has none of the ledger's. No
+    # foreign key: what one caller took says nothing about another's, whatever becomes of it.
+    sa.Column("api_key", sa.String(20), primary_key=True, server_default=""),
     sa.Column("key", sa.String(255), primary_key=True),
     sa.Column("body_hash", sa.String(64), nullable=False),
     # One of the two: what the key brought about.

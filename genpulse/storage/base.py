@@ -260,12 +260,20 @@ def _copy(source: BinaryIO, staged: IO[bytes]) -> tuple[int, str]:
         digest.update(chunk)
         size += len(chunk)
         # Only the writing is ours to translate: the source may be a socket with OSErrors of its own.
-        try:
+        with _no_room():
             staged.write(chunk)
-        except OSError as error:
-            msg = "there is no room to take the file in"
-            raise StorageUnavailable(msg) from error
+    with _no_room():
+        staged.flush()
     return size, digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _no_room() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        msg = "there is no room to take the file in"
+        raise StorageUnavailable(msg) from error
 
 
 def check_key(key: str) -> str:

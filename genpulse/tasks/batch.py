@@ -26,6 +26,15 @@ __all__ = ["MAX_TASKS", "Grid", "accept_grid", "accept_tasks"]
 
 MAX_TASKS = 1000
 """Tasks of one batch."""
+MAX_COPIED = 1_000_000
+"""
+JSON values in all the copies that a grid makes of the fields its places lie in.
+
+Each copy is checked and compared by itself, which takes about 4 µs and 140 bytes for each value: a
+grid below a workflow of 5,000 nodes would otherwise keep a process busy for minutes, with gigabytes.
+"""
+_TEXT_AS_VALUE = 8192
+"""Characters of a text that take as long as one value: it is looked through, but not copied."""
 
 
 class Grid:
@@ -74,6 +83,26 @@ class Grid:
         own = {name: value for name, value in self._template.items() if name != "params"}
         return varying + size * len(json.dumps(own))
 
+    def check_copies(self) -> None:
+        """
+        Refuse a grid whose places lie in fields too large to have a copy of in each task.
+
+        Raises:
+            InvalidRequest: ``too_large``.
+        """
+        size = math.prod(len(each) for each in self._values.values())
+        params = self._template["params"]
+        fields = {field: name for name, (field, key) in self._places.items() if key is not None}
+        values = {field: _number_of_values(params.get(field)) for field in fields}
+        if size * sum(values.values()) > MAX_COPIED:
+            field = max(fields, key=lambda each: values[each])
+            sentence = (
+                f"{size} copies of {field}, which holds {values[field]} values, are too many: a grid below it "
+                f"may make {max(1, MAX_COPIED // sum(values.values()))} tasks. Vary a value of inputs instead, "
+                "for which a workflow is not copied."
+            )
+            raise InvalidRequest("too_large", sentence, [(f"/grid/{_escape(fields[field])}", sentence)])
+
     def requests(self) -> list[dict[str, Any]]:
         """The template once for each combination."""
         found = []
@@ -116,6 +145,7 @@ def accept_grid(
     *,
     owner: str,
     idempotency_key: str | None = None,
+    api_key: str = "",
     room: Room = any_number,
 ) -> tuple[Batch, bool]:
     """
@@ -129,15 +159,17 @@ def accept_grid(
 
     Raises:
         InvalidRequest: One of them makes no task; its pointers are below ``/template`` and ``/grid``.
-            ``too_large`` if the tasks differ by more bytes than a request may have.
+            ``too_large`` if the tasks differ by more bytes than a request may have, or if a place lies
+            in a field too large to be copied for each of them.
         QueueFull: There is no room for so many; nothing was recorded.
         IdempotencyConflict: The key was used with another body.
-        LedgerUnavailable: Nothing is known to be recorded.
+        LedgerUnavailable: Nothing was recorded, or it is in doubt.
     """
     grid = Grid(template, values)
     if grid.stored_bytes > settings.max_body_bytes:
         sentence = f"What the tasks do not share is more than {settings.max_body_bytes} bytes."
         raise InvalidRequest("too_large", sentence, [("/grid", sentence)])
+    grid.check_copies()
     return _accept(
         ledger,
         registry,
@@ -147,6 +179,7 @@ def accept_grid(
         owner=owner,
         grid=list(values),
         idempotency_key=idempotency_key,
+        api_key=api_key,
         room=room,
         # In this order, for the order of the grid's names decides the order of the tasks.
         body_hash=body_digest({"template": template, "grid": list(values.items())}),
@@ -161,6 +194,7 @@ def accept_tasks(
     *,
     owner: str,
     idempotency_key: str | None = None,
+    api_key: str = "",
     room: Room = any_number,
 ) -> tuple[Batch, bool]:
     """As :func:`accept_grid`, for tasks named one by one; the pointers are below ``/tasks``."""
@@ -173,6 +207,7 @@ def accept_tasks(
         owner=owner,
         grid=[],
         idempotency_key=idempotency_key,
+        api_key=api_key,
         room=room,
         body_hash=body_digest({"tasks": tasks}),
     )
@@ -188,6 +223,7 @@ def _accept(
     owner: str,
     grid: Sequence[str],
     idempotency_key: str | None,
+    api_key: str,
     body_hash: str,
     room: Room,
 ) -> tuple[Batch, bool]:
@@ -196,7 +232,9 @@ def _accept(
         room(len(tasks))
     except QueueFull:
         # Whoever repeats a request that was taken must learn so, and not that it was not.
-        earlier = ledger.find_batch_replay(owner, idempotency_key, body_hash) if idempotency_key else None
+        earlier = None
+        if idempotency_key:
+            earlier = ledger.find_batch_replay(owner, idempotency_key, body_hash, api_key=api_key)
         if earlier is None:
             raise
         return earlier, True
@@ -205,6 +243,7 @@ def _accept(
             tasks,
             grid=grid,
             idempotency_key=idempotency_key,
+            api_key=api_key,
             body_hash=body_hash,
             idempotency_ttl_s=settings.idempotency_ttl_s,
         )
@@ -230,6 +269,21 @@ def _sharing(tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         }
         for task in tasks
     ]
+
+
+def _number_of_values(value: object) -> int:
+    """The size of a JSON value: itself and all that it holds."""
+    number, waiting = 0, [value]
+    while waiting:
+        item = waiting.pop()
+        number += 1
+        if isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, str):
+            number += len(item) // _TEXT_AS_VALUE
+    return number
 
 
 def _place(name: str) -> tuple[str, str | None]:

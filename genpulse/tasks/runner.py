@@ -87,6 +87,7 @@ PREVIEW_EVERY_S = 0.5
 _LAST_WORDS_S = 0.5
 """Between the end of the last attempt of a child that was told to stop, and its own."""
 _STORE_TRIES_S = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0)
+_NODE_ID_CHARS = 200
 
 
 @dataclass
@@ -298,7 +299,7 @@ class AttemptContext:
                 return asset.key
         elif scheme == "output":
             task_id, _, index = rest.partition("/")
-            task = self.insist(lambda: self.ledger.get(task_id, self.task.owner))
+            task = self.insist(lambda: self.ledger.get(task_id, self.task.owner, with_params=False))
             for output in task.outputs if task is not None else ():
                 if str(output.index) == index:
                     return output.key
@@ -325,6 +326,8 @@ class AttemptContext:
 
         Args:
             name: The file's own name, shown to people; only its last part is used.
+            node_id: The node that made it; what a server calls one that it added itself is cut to what
+                the ledger takes.
             content_type: By default what the name and the first bytes say.
 
         Raises:
@@ -362,10 +365,10 @@ class AttemptContext:
             )
         width, height = _picture_size(head.first) if kind_of_bytes.startswith("image/") else (None, None)
         return NewOutput(
-            node_id=node_id,
+            node_id=_storable(node_id)[:_NODE_ID_CHARS],
             name=name,
             kind=kind_of(kind_of_bytes, name),
-            content_type=kind_of_bytes,
+            content_type=stored.content_type,
             size_bytes=stored.size_bytes,
             sha256=stored.sha256 or "",
             key=key,
@@ -556,7 +559,7 @@ class Runner:
 
     def _history(self, context: AttemptContext) -> tuple[Any, ...]:
         try:
-            task = self.ledger.get(context.task.id)
+            task = self.ledger.get(context.task.id, with_params=False)
         except LedgerUnavailable:
             return ()
         return task.attempts if task is not None else ()
@@ -586,9 +589,21 @@ class Runner:
     def _write(
         self, context: AttemptContext, write: Callable[[], TaskStatus | None], outcome: str = ""
     ) -> str:
-        """The last write of an attempt: held until the ledger answers, or somebody else has the task."""
+        """
+        The last write of an attempt: held until the ledger answers, or somebody else has the task.
+
+        What the ledger refuses for its own sake it would refuse each time, and an attempt that dies of
+        it is taken for a lost worker and rendered anew: such a task fails at once, as ``internal``.
+        """
         try:
-            status = context.insist(write, checked=False)
+            try:
+                status = context.insist(write, checked=False)
+            except GenPulseError:
+                raise
+            except Exception:
+                context.log.exception("outcome_refused")
+                outcome = str(TaskStatus.FAILED)
+                status = context.insist(functools.partial(self._fail_plainly, context), checked=False)
         except LeaseLost:
             return self._lost(context)
         if status is None:
@@ -601,6 +616,17 @@ class Runner:
         else:
             self.live.touch(context.task.id)
         return str(status)
+
+    def _fail_plainly(self, context: AttemptContext) -> TaskStatus | None:
+        """End the task with nothing that came from a handler or a server."""
+        return self.ledger.finish(
+            context.claim.fence,
+            TaskStatus.FAILED,
+            error=ErrorInfo(
+                "internal", "What became of the task could not be recorded; see the worker's log."
+            ),
+            leaves_prompt=context.leaves_prompt,
+        )
 
     def _lost(self, context: AttemptContext) -> str:
         context.log.warning("attempt_fenced_off")
@@ -667,6 +693,11 @@ class _Head:
 
 _HEAD_BYTES = 64 * 1024
 _peek = _Head
+
+
+def _storable(text: str) -> str:
+    """Without what PostgreSQL keeps in no text."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "")
 
 
 @contextlib.contextmanager

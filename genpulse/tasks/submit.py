@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from genpulse.config import Settings
-from genpulse.errors import InvalidRequest, QueueFull, UnsafeUrl
-from genpulse.ledger import Ledger, SourceGone
+from genpulse.errors import InvalidRequest, LedgerUnavailable, QueueFull, UnsafeUrl
+from genpulse.ledger import Ledger, Shared, Source, SourceGone
 from genpulse.model import NewTask, Priority, Task, TaskStatus
 from genpulse.tasks.inputs import open_egress
 from genpulse.tasks.registry import Checked, Registry
@@ -37,11 +37,16 @@ __all__ = [
     "retry_matching",
 ]
 
+Checkers: TypeAlias = dict[str, Callable[[Mapping[str, Any]], Checked]]
+"""By task type; each may remember large parts that it has seen."""
+
 Locate: TypeAlias = Callable[[int, str], str]
 """From the number of a request and a JSON pointer in it to the pointer that its sender understands."""
 
 _RETRY_BATCH = 100
-"""Tasks recorded in one transaction of a retry in bulk."""
+"""Tasks read, and recorded, in one transaction of a retry in bulk."""
+_RETRY_BYTES = 16 * 2**20
+"""About how much JSON these may have in hand, beside one part that a batch keeps for many."""
 
 Room = Callable[[int], None]
 """Called with the number of tasks about to be recorded; raises :class:`QueueFull` if they are too many."""
@@ -59,6 +64,7 @@ def accept(  # the parts, the words, and who says them
     *,
     owner: str,
     idempotency_key: str | None = None,
+    api_key: str = "",
     body_hash: str | None = None,
     room: Room = any_number,
 ) -> tuple[Task, bool]:
@@ -69,6 +75,7 @@ def accept(  # the parts, the words, and who says them
         body: ``task_type`` and ``params``, and optionally ``priority``, ``callback_url``,
             ``timeout_s``, ``expires_in_s``, ``max_attempts``, ``metadata``; types as in API.md.
         idempotency_key: The caller's own key; the same key and body give the same task.
+        api_key: The id of the API key whose idempotency key that is.
         body_hash: Digest of the whole request; by default that of *body*.
         room: Asked whether the owner may have one more task waiting.
 
@@ -79,10 +86,11 @@ def accept(  # the parts, the words, and who says them
         InvalidRequest: The words make no task; nothing was recorded.
         IdempotencyConflict: The key was used with another body.
         QueueFull: There is no room; nothing was recorded.
-        LedgerUnavailable: Nothing is known to be recorded.
+        LedgerUnavailable: Nothing was recorded, or it is in doubt.
     """
     (new,) = prepare(ledger, registry, settings, [body], owner=owner)
-    return _record(ledger, settings, new, idempotency_key, body_hash or body_digest(body), room)
+    digest = body_hash or body_digest(body)
+    return _record(ledger, settings, new, idempotency_key, api_key, digest, room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +122,7 @@ def retry(
     task: Task,
     *,
     idempotency_key: str | None = None,
+    api_key: str = "",
     room: Room = any_number,
 ) -> tuple[Task, bool]:
     """
@@ -134,7 +143,8 @@ def retry(
         sentence = f"The task is {task.status}; only a final one can be sent again."
         raise InvalidRequest("not_final", sentence)
     new = _again(ledger, registry, settings, task)
-    return _record(ledger, settings, new, idempotency_key, body_digest({"retry_of": task.id}), room)
+    digest = body_digest({"retry_of": task.id})
+    return _record(ledger, settings, new, idempotency_key, api_key, digest, room)
 
 
 def retry_matching(  # each is one filter
@@ -155,7 +165,7 @@ def retry_matching(  # each is one filter
     room: Room = any_number,
 ) -> Retries:
     """
-    Send again what a filter finds, in bounded transactions, the oldest first.
+    Send again what a filter finds, in transactions bounded by number and bytes, the oldest first.
 
     A task that has a retry is left alone unless *again* is asked for, so that this may be repeated,
     also after a lost answer, and done by many at once.
@@ -166,6 +176,7 @@ def retry_matching(  # each is one filter
 
     Raises:
         QueueFull: There is no room. Earlier transactions stand, and a repeated call passes over them.
+        LedgerUnavailable: The same; in doubt if there are any.
     """
     if task_type is not None and task_type in registry:
         task_type = registry.get(task_type).task_type
@@ -183,23 +194,72 @@ def retry_matching(  # each is one filter
     more, found = len(found) > limit, found[:limit]
     made: list[Task] = []
     refused: list[Refused] = []
-    for start in range(0, len(found), _RETRY_BATCH):
+    left, again_of = found, _Again(ledger, registry, settings)
+    while left:
         batch: list[NewTask] = []
-        for task in found[start : start + _RETRY_BATCH]:
-            try:
-                batch.append(_again(ledger, registry, settings, task))
-            except InvalidRequest as error:
-                refused.append(Refused(task.id, error.problem, error.detail))
-        if not dry_run:
-            room(len(batch))
-            recorded = ledger.retry_all(batch, again=again)
-            made += recorded
-            for each in recorded:
-                metrics.TASKS_SUBMITTED.add(task_type=each.task_type)
-    return Retries(tuple(task.id for task in found), tuple(made), tuple(refused), more)
+        try:
+            looked_at = again_of.read(left[:_RETRY_BATCH])
+            for source in looked_at:
+                if source is not None:
+                    try:
+                        batch.append(again_of.of(source))
+                    except InvalidRequest as error:
+                        refused.append(Refused(source.task.id, error.problem, error.detail))
+            if not dry_run:
+                room(len(batch))
+                recorded = ledger.retry_all(batch, again=again)
+                made += recorded
+                for each in recorded:
+                    metrics.TASKS_SUBMITTED.add(task_type=each.task_type)
+        except LedgerUnavailable as error:
+            raise LedgerUnavailable(str(error), in_doubt=error.in_doubt or bool(made)) from error
+        left = left[len(looked_at) :]
+    return Retries(tuple(found), tuple(made), tuple(refused), more)
 
 
-def _again(ledger: Ledger, registry: Registry, settings: Settings, task: Task) -> NewTask:
+class _Again:
+    """
+    Tasks that are to be sent again, read and checked in parts that fit into memory.
+
+    What a batch keeps for its tasks is read and checked once for as long as one follows the other, and
+    the retries use what the batch keeps: a thousand of them would otherwise store it a thousand times.
+    """
+
+    def __init__(self, ledger: Ledger, registry: Registry, settings: Settings) -> None:
+        self._parts = (ledger, registry, settings)
+        self._ledger = ledger
+        self._known: dict[str, Shared] = {}
+        self._checkers: Checkers = {}
+        self._remembered = 0
+
+    def read(self, task_ids: Sequence[str]) -> list[Source | None]:
+        """The first of these tasks, as many as there is memory for; ``None`` for one that is gone."""
+        found = self._ledger.retry_sources(task_ids, self._known, max_bytes=_RETRY_BYTES)
+        last = next((source.shared for source in reversed(found) if source is not None), None)
+        if len(self._known) > 1:
+            self._known = {} if last is None else {last.batch_id: last}
+        # A checker remembers every large part that it has seen.
+        self._remembered += sum(source.size for source in found if source is not None)
+        if self._remembered > _RETRY_BYTES:
+            self._checkers, self._remembered = {}, 0
+        return found
+
+    def of(self, source: Source) -> NewTask:
+        """
+        The retry of a task.
+
+        Raises:
+            InvalidRequest: As :func:`retry`.
+        """
+        new = _again(*self._parts, source.task, self._checkers)
+        if source.shared is None or (own := source.shared.rest_of(new.params)) is None:
+            return new
+        return dataclasses.replace(new, params=own, params_of=source.shared.batch_id)
+
+
+def _again(
+    ledger: Ledger, registry: Registry, settings: Settings, task: Task, checkers: Checkers | None = None
+) -> NewTask:
     """The same request as *task* was; checked anew, for handlers, files and settings change."""
     body = {
         "task_type": task.task_type,
@@ -210,7 +270,7 @@ def _again(ledger: Ledger, registry: Registry, settings: Settings, task: Task) -
         "metadata": task.metadata,
         "callback_url": task.callback_url,
     }
-    (new,) = prepare(ledger, registry, settings, [body], owner=task.owner)
+    (new,) = prepare(ledger, registry, settings, [body], owner=task.owner, checkers=checkers)
     return dataclasses.replace(new, retry_of=task.id)
 
 
@@ -219,6 +279,7 @@ def _record(
     settings: Settings,
     new: NewTask,
     idempotency_key: str | None,
+    api_key: str,
     body_hash: str,
     room: Room,
 ) -> tuple[Task, bool]:
@@ -226,7 +287,9 @@ def _record(
         room(1)
     except QueueFull:
         # Whoever repeats a request that was taken must learn so, and not that it was not.
-        earlier = ledger.find_replay(new.owner, idempotency_key, body_hash) if idempotency_key else None
+        earlier = None
+        if idempotency_key:
+            earlier = ledger.find_replay(new.owner, idempotency_key, body_hash, api_key=api_key)
         if earlier is None:
             raise
         return earlier, True
@@ -234,6 +297,7 @@ def _record(
         task, replayed = ledger.submit(
             new,
             idempotency_key=idempotency_key,
+            api_key=api_key,
             body_hash=body_hash,
             idempotency_ttl_s=settings.idempotency_ttl_s,
         )
@@ -253,6 +317,7 @@ def prepare(
     *,
     owner: str,
     locate: Locate | None = None,
+    checkers: Checkers | None = None,
 ) -> list[NewTask]:
     """
     Check requests and make tasks of them, without recording anything.
@@ -263,11 +328,12 @@ def prepare(
     Args:
         bodies: As for :func:`accept`.
         locate: Where in what the caller sent a place in one of the requests is.
+        checkers: What earlier calls have checked; by default nothing is remembered of them.
 
     Raises:
         InvalidRequest: About the first request that makes no task.
     """
-    checkers: dict[str, Callable[[Mapping[str, Any]], Checked]] = {}
+    checkers = {} if checkers is None else checkers
     prepared: list[tuple[NewTask, Checked]] = []
     for index, body in enumerate(bodies):
         with _located(index, locate):
@@ -279,7 +345,9 @@ def prepare(
             if (callback_url := body.get("callback_url")) is not None:
                 _check_callback(settings, callback_url)
             handler = registry.get(body["task_type"])
-            check = checkers.setdefault(handler.task_type, handler.checker())
+            if handler.task_type not in checkers:
+                checkers[handler.task_type] = handler.checker()
+            check = checkers[handler.task_type]
             checked = check(body["params"])
             _check_urls(settings, checked.urls)
             new = NewTask(

@@ -297,7 +297,9 @@ class Deliverer:
         if delivery.tries > len(schedule) + _WORDS_BEYOND_SCHEDULE:
             error = "every process that tried vanished"
         else:
-            task = self._insist(lambda: self._ledger.get(delivery.task_id, delivery.owner), gives_up_at)
+            task = self._insist(
+                lambda: self._ledger.get(delivery.task_id, delivery.owner, with_params=False), gives_up_at
+            )
             if task is None:  # deleted, and the delivery with it
                 return
             answer, error = self._send(delivery, payload(delivery, task, self._settings))

@@ -122,6 +122,7 @@ def submit_task(header: schemas.WaitingHeaders, body: schemas.SubmitBody) -> Res
             body.model_dump(exclude_unset=True),
             owner=access.owner(),
             idempotency_key=header.idempotency_key,
+            api_key=access.caller().key_id,
             room=access.room,
         )
     except IdempotencyConflict:
@@ -130,9 +131,12 @@ def submit_task(header: schemas.WaitingHeaders, body: schemas.SubmitBody) -> Res
         here.wake()
     if not header.wait_s:
         return _accepted(schemas.Accepted, task, replayed=replayed)
-    # An earlier one may be final, and came without its outputs.
-    now = _task(task.id) if replayed else task
-    found, waited = await_task(now, header.wait_s, _is_final)
+    try:
+        # An earlier one may be final, and came without its outputs.
+        now = _task(task.id) if replayed else task
+        found, waited = await_task(now, header.wait_s, _is_final)
+    except LedgerUnavailable:  # to wait is a courtesy: what is recorded is accepted
+        return _accepted(schemas.Accepted, task, replayed=replayed)
     given = (
         _json(_view(found), 200, {"Location": _link("read_task", task_id=task.id)})
         if _is_final(found)
@@ -148,13 +152,16 @@ def submit_task(header: schemas.WaitingHeaders, body: schemas.SubmitBody) -> Res
 def _accepted(shape: type[schemas.Accepted], task: Task, *, replayed: bool, **more: Any) -> Response:
     """202 for a task that is recorded now, or was before."""
     links = schemas.urls(task.id, _link)
+    position = None
+    with contextlib.suppress(LedgerUnavailable):  # a courtesy, and no reason to send the task again
+        position = _position(task)
     view = shape(
         task_id=task.id,
         status=task.status,
         message="The task was recorded before." if replayed else "The task is recorded.",
         created_at=task.created_at,
         queue=task.queue,
-        queue_position=_position(task),
+        queue_position=position,
         urls=schemas.Urls(**links),
         **more,
     )
@@ -281,7 +288,7 @@ def retry_task(path: schemas.TaskPath, header: schemas.SubmitHeaders) -> Respons
     Type, params, priority, timeout, attempts, metadata and callback are the old one's.
     """
     here = service()
-    former = _task(path.task_id)
+    former = _task(path.task_id, with_params=True)
     try:
         task, replayed = retry(
             here.ledger,
@@ -289,6 +296,7 @@ def retry_task(path: schemas.TaskPath, header: schemas.SubmitHeaders) -> Respons
             here.settings,
             former,
             idempotency_key=header.idempotency_key,
+            api_key=access.caller().key_id,
             room=access.room,
         )
     except IdempotencyConflict:
@@ -383,7 +391,7 @@ def delete_task(path: schemas.TaskPath) -> Response:
 def read_output(path: schemas.OutputPath) -> Response:
     """Read the bytes of an output; the address is stable as long as the task exists."""
     here = service()
-    task = here.ledger.get(_known(path.task_id), access.owner())
+    task = here.ledger.get(_known(path.task_id), access.owner(), with_params=False)
     if task is None:
         if here.ledger.was_deleted(_known(path.task_id), access.owner()):
             raise Problem(410, detail="The task was deleted, and its files with it.")
@@ -572,8 +580,8 @@ def _known(task_id: str) -> str:
     return task_id.lower()
 
 
-def _task(task_id: str) -> Task:
-    task = service().ledger.get(_known(task_id), access.owner())
+def _task(task_id: str, *, with_params: bool = False) -> Task:
+    task = service().ledger.get(_known(task_id), access.owner(), with_params=with_params)
     if task is None:
         raise _unknown_task()
     return task

@@ -176,11 +176,24 @@ def submit_batch(header: schemas.SubmitHeaders, body: BatchBody) -> Response:
         if body.template is not None:
             template = body.template.model_dump(exclude_unset=True)
             batch, replayed = accept_grid(
-                *parts, template, body.grid, owner=who, idempotency_key=key, room=access.room
+                *parts,
+                template,
+                body.grid,
+                owner=who,
+                idempotency_key=key,
+                api_key=access.caller().key_id,
+                room=access.room,
             )
         else:
             tasks = [each.model_dump(exclude_unset=True) for each in body.tasks]
-            batch, replayed = accept_tasks(*parts, tasks, owner=who, idempotency_key=key, room=access.room)
+            batch, replayed = accept_tasks(
+                *parts,
+                tasks,
+                owner=who,
+                idempotency_key=key,
+                api_key=access.caller().key_id,
+                room=access.room,
+            )
     except IdempotencyConflict:
         detail = "This Idempotency-Key was used before with another body."
         raise Problem(422, "idempotency_key_reuse", detail) from None
@@ -193,7 +206,8 @@ def submit_batch(header: schemas.SubmitHeaders, body: BatchBody) -> Response:
         message="The tasks were recorded before." if replayed else "The tasks are recorded.",
         created_at=batch.created_at,
         total=batch.size,
-        task_ids=here.ledger.batch_task_ids(batch.id, who),
+        # What is recorded is accepted, whether the ledger answers once more or not.
+        task_ids=list(batch.task_ids) or here.ledger.batch_task_ids(batch.id, who),
         urls=urls,
     )
     headers = {"Location": urls.self, "Retry-After": str(POLL_S)}

@@ -11,13 +11,14 @@ the caller says.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
 import re
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn, cast
 
@@ -26,8 +27,11 @@ from flask import current_app, request
 from werkzeug.exceptions import RequestEntityTooLarge
 from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
 
+from genpulse.errors import QueueFull
 from genpulse.storage import clean_filename
+from genpulse.tasks.admission import DISK_RETRY_AFTER_S, NO_ROOM
 from genpulse.web.problems import Problem, pointer
+from genpulse.web.service import service
 
 __all__ = ["MAX_DEPTH", "Upload", "check_values", "read_json", "read_upload", "sniff_type"]
 
@@ -45,13 +49,16 @@ _DRAIN_BYTES = 8 * 2**20
 _DRAIN_S = 2.0
 _PART_HEADER_BYTES = 256 * 1024
 _MAX_PARTS = 100
+_DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-def read_json() -> Any:
+@contextlib.contextmanager
+def read_json() -> Iterator[Any]:
     """
-    The request's JSON body.
+    The request's JSON body, counted as memory in use for as long as the block lasts.
 
     Raises:
+        QueueFull: This process has as many bytes of bodies in hand as it may.
         Problem: 415 for another media type, 413 above the app's ``MAX_CONTENT_LENGTH`` (counted
             while reading, so a chunked body is bounded as well), 400 ``invalid_json`` for what is
             not JSON, 422 ``invalid_request`` for JSON that could not be kept.
@@ -62,8 +69,18 @@ def read_json() -> Any:
         raise Problem(415, detail="JSON is UTF-8; send no other charset.")
     if request.headers.get("Content-Encoding", "identity").lower() != "identity":
         raise Problem(415, detail="Send the body without a Content-Encoding.")
+    limit = int(current_app.config["MAX_CONTENT_LENGTH"])
+    with contextlib.ExitStack() as stack:
+        with _refusing_more(f"The body is larger than {limit} bytes."):
+            announced = min(request.content_length or 0, limit)
+            count = stack.enter_context(service().admission.reading(announced))
+            body = _read_all(limit, count)
+        yield _parse(body)
+
+
+def _parse(body: bytes) -> Any:
     try:
-        text = _read_all().decode("utf-8")
+        text = body.decode("utf-8")
         is_harmless = not _SUSPECT.search(text)
         value = (_PLAIN_DECODER if is_harmless else _DECODER).decode(text)
     except UnicodeDecodeError:
@@ -82,42 +99,54 @@ def read_json() -> Any:
     return value
 
 
-def _read_all() -> bytes:
+def _read_all(limit: int, count: Callable[[int], None]) -> bytes:
     """
-    The whole body, or 413.
+    The whole body, or "too large" if it has more bytes than *limit*; *count* is told of each piece.
 
     ``request.get_data`` cuts a chunked body off at the limit and calls what is left the body; then
     the beginning of a body could be taken for all of it.
     """
-    limit = int(current_app.config["MAX_CONTENT_LENGTH"])
     request.max_content_length = limit + 1
     found = bytearray()
-    with _refusing_more(f"The body is larger than {limit} bytes."):
-        while chunk := request.stream.read(min(_CHUNK_BYTES, limit + 1 - len(found))):
-            found += chunk
-            if len(found) > limit:
-                raise RequestEntityTooLarge
+    while chunk := request.stream.read(min(_CHUNK_BYTES, limit + 1 - len(found))):
+        count(len(chunk))
+        found += chunk
+        if len(found) > limit:
+            raise RequestEntityTooLarge
     return bytes(found)
 
 
 @contextlib.contextmanager
 def _refusing_more(detail: str) -> Iterator[None]:
     """
-    Make "too large" a 413 that its caller gets to read.
+    Make "too large" a 413 that its caller gets to read, and let "no room" be read as well.
 
     A caller that is still sending when the connection closes sees a broken pipe and no answer, so
     a little more is taken in and thrown away first.
     """
     try:
         yield
-    except RequestEntityTooLarge:
+    except (QueueFull, RequestEntityTooLarge) as error:
         # Without this word of the server's, reading on might wait for bytes that never come.
         if request.environ.get("wsgi.input_terminated"):
             source, until = request.environ["wsgi.input"], time.monotonic() + _DRAIN_S
             for _ in range(_DRAIN_BYTES // _CHUNK_BYTES):
                 if time.monotonic() > until or not source.read(_CHUNK_BYTES):
                     break
+        if isinstance(error, QueueFull):
+            raise
         raise Problem(413, detail=detail) from None
+
+
+@contextlib.contextmanager
+def _refusing_on_full_disk() -> Iterator[None]:
+    """A disk that is full, or a quota, is no fault of the request's and none of ours."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK_IS_FULL:
+            raise
+        raise QueueFull(NO_ROOM, retry_after_s=DISK_RETRY_AFTER_S) from error
 
 
 def check_values(value: Any) -> None:
@@ -152,6 +181,7 @@ def read_upload(max_bytes: int) -> Iterator[Upload]:
     Raises:
         Problem: 415 for another media type, 413 above *max_bytes*, 400 for a broken form, 422 for
             a form without a part ``file``, with two of them, or with an empty one.
+        QueueFull: There is no room for it on the disks.
     """
     boundary = request.mimetype_params.get("boundary", "")
     if request.mimetype != "multipart/form-data":
@@ -160,10 +190,16 @@ def read_upload(max_bytes: int) -> Iterator[Upload]:
         raise Problem(400, "invalid_form", "The multipart boundary is missing or unusable.")
     # The form's own lines come on top of the file's bytes.
     request.max_content_length = max_bytes + _PART_HEADER_BYTES
-    with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:
-        stream = cast("BinaryIO", spool)
-        with _refusing_more(f"The file is larger than {max_bytes} bytes, or the form around it is."):
-            upload = _receive(stream, boundary.encode("ascii"), max_bytes)
+    too_large = f"The file is larger than {max_bytes} bytes, or the form around it is."
+    with contextlib.ExitStack() as stack:
+        with _refusing_more(too_large):
+            announced = min(request.content_length or 0, max_bytes)
+            count = stack.enter_context(service().admission.receiving(announced))
+        # Closing it writes once more what did not go to the disk, and fails again.
+        stack.enter_context(_refusing_on_full_disk())
+        spool = stack.enter_context(tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES))
+        with _refusing_more(too_large), _refusing_on_full_disk():
+            upload = _receive(cast("BinaryIO", spool), boundary.encode("ascii"), max_bytes, count)
         yield upload
 
 
@@ -180,7 +216,7 @@ def sniff_type(head: bytes) -> tuple[str, str]:
     return "application/octet-stream", ""
 
 
-def _receive(spool: BinaryIO, boundary: bytes, max_bytes: int) -> Upload:
+def _receive(spool: BinaryIO, boundary: bytes, max_bytes: int, count: Callable[[int], None]) -> Upload:
     digest = hashlib.sha256()
     head = b""
     size = 0
@@ -206,6 +242,7 @@ def _receive(spool: BinaryIO, boundary: bytes, max_bytes: int) -> Upload:
                 size += len(event.data)
                 if size > max_bytes:
                     raise RequestEntityTooLarge
+                count(len(event.data))
                 head += event.data[: _HEAD_BYTES - len(head)]
                 digest.update(event.data)
                 spool.write(event.data)

@@ -54,6 +54,13 @@ class Caller:
     """``None`` for the single key of the settings, and where no key is needed."""
     shows_key: bool = True
 
+    @property
+    def key_id(self) -> str:
+        """Whose idempotency keys these are; all who need no key are one, and so is the single key."""
+        if self.key is not None:
+            return self.key.id
+        return "single" if self.shows_key else ""
+
 
 EVERYBODY = Caller(OWNER, frozenset(SCOPES), shows_key=False)
 """Where no key is needed: whoever reaches the loopback."""

@@ -9,6 +9,7 @@ it has to refuse what ``json.loads`` and pydantic would let through.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -342,25 +343,33 @@ def _checked(view: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(view)
     def run(**path: Any) -> Response | Any:
-        given: dict[str, Any] = {}
-        if "path" in models:
-            try:
-                given["path"] = models["path"].model_validate(path)
-            except ValidationError:
-                # An id that cannot be one is as unknown as one that is not.
-                raise Problem(404, detail="There is nothing at this address.") from None
-        if "query" in models:
-            given["query"] = _validated(models["query"], _query(models["query"]), "query")
-        if "header" in models:
-            wanted = [info.alias or name for name, info in models["header"].model_fields.items()]
-            found = {name: request.headers[name] for name in wanted if name in request.headers}
-            given["header"] = _validated(models["header"], found, "header")
-        if "body" in models:
-            given["body"] = _validated(models["body"], read_json(), "")
-        return view(**given)
+        with contextlib.ExitStack() as stack:
+            return view(**_given(models, path, stack))
 
     run.__delay_validate_request__ = True  # type: ignore[attr-defined]  # flask-openapi's word for "not yours"
     return run
+
+
+def _given(
+    models: Mapping[str, type[BaseModel]], path: dict[str, Any], stack: contextlib.ExitStack
+) -> dict[str, Any]:
+    """What the view is called with; *stack* ends when it has answered."""
+    given: dict[str, Any] = {}
+    if "path" in models:
+        try:
+            given["path"] = models["path"].model_validate(path)
+        except ValidationError:
+            # An id that cannot be one is as unknown as one that is not.
+            raise Problem(404, detail="There is nothing at this address.") from None
+    if "query" in models:
+        given["query"] = _validated(models["query"], _query(models["query"]), "query")
+    if "header" in models:
+        wanted = [info.alias or name for name, info in models["header"].model_fields.items()]
+        found = {name: request.headers[name] for name in wanted if name in request.headers}
+        given["header"] = _validated(models["header"], found, "header")
+    if "body" in models:
+        given["body"] = _validated(models["body"], stack.enter_context(read_json()), "")
+    return given
 
 
 def _models(view: Callable[..., Any]) -> dict[str, type[BaseModel]]:

@@ -203,7 +203,19 @@ def _queue_full(error: QueueFull) -> Response:
 
 def _ledger_away(error: LedgerUnavailable) -> Response:
     _log.warning("ledger_unavailable", request_id=request_id(), path=request.path, error=str(error))
-    return unavailable("The ledger does not answer just now; nothing was accepted.").response()
+    if error.in_doubt:
+        return unavailable(_IN_DOUBT).response()
+    # What is no submission may be done in part by now, and is safe to repeat.
+    is_submission = (route := g.get("route")) is not None and route.is_limited
+    return unavailable(_NOTHING_ACCEPTED if is_submission else _REPEAT).response()
+
+
+_REPEAT = "The ledger does not answer just now; it is safe to repeat the request."
+_NOTHING_ACCEPTED = "The ledger does not answer just now; nothing was accepted."
+_IN_DOUBT = (
+    "The ledger went away before it confirmed the request; it is not known whether that was accepted. "
+    "With the same Idempotency-Key it is safe to repeat."
+)
 
 
 def _storage_away(error: StorageUnavailable) -> Response:

@@ -106,7 +106,7 @@ class Watch:
 
     def task(self) -> Task | None:
         """
-        The task as the ledger has it since the last news; all of its watchers share one reading.
+        The task as the ledger has it since the last news, without params; all of its watchers share one reading.
 
         Raises:
             LedgerUnavailable: Ask again later.
@@ -130,7 +130,9 @@ class Watch:
             LedgerUnavailable: It could not be read even once.
         """
         ends = time.monotonic() + wait_s
-        task = self._watchers.ledger.get(self._topic.task_id)  # later than the place in the log
+        task = self._watchers.ledger.get(
+            self._topic.task_id, with_params=False
+        )  # later than the place in the log
         if task is not None:
             self.saw(task)
         owed = False
@@ -199,7 +201,7 @@ class _Topic:
         with self._reading:
             version = self.version
             if self._read_version != version:
-                self._task = self._ledger.get(self.task_id)
+                self._task = self._ledger.get(self.task_id, with_params=False)
                 self._read_version = version
             return self._task
 

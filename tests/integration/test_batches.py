@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import sqlalchemy as sa
 
-from genpulse.ledger import IdempotencyConflict, Ledger, SourceGone, lists
+from genpulse.ledger import IdempotencyConflict, Ledger, Shared, SourceGone, lists, new_id
 from genpulse.ledger import tables as t
 from genpulse.model import NewTask, Priority, TaskStatus
 from tests.support.ledger import at_once, claim, open_ledger, row_of, rows, run_sql, submit
@@ -179,9 +179,77 @@ def test_a_retry_of_a_batchs_task_stands_alone(ledger: Ledger) -> None:
     batch_id = ledger.submit_batch([new(1), new(2)])[0].id
     ledger.finish(claim(ledger, ledger.batch_task_ids(batch_id, "ada")[1]).fence, FAILED)
 
-    (failed,) = ledger.retryable("ada")
+    (source,) = ledger.retry_sources(ledger.retryable("ada"), {}, max_bytes=10**6)
 
-    assert failed.params == new(2).params
+    assert source is not None
+    assert source.task.params == new(2).params
+
+
+def test_what_a_batch_keeps_is_read_once_for_all_that_are_sent_again(ledger: Ledger) -> None:
+    """The very same objects, over several readings; each reading is bounded, and ends with at least one."""
+    batch_id = ledger.submit_batch([new(n) for n in range(4)])[0].id
+    ids = ledger.batch_task_ids(batch_id, "ada")
+    other = submit(ledger, params={"text": "x" * 1000})
+    gone = new_id()
+    known: dict[str, Shared] = {}
+
+    first = ledger.retry_sources([*ids[:2], gone, ids[2], other.id, ids[3]], known, max_bytes=900)
+    rest = ledger.retry_sources([other.id, ids[3]], known, max_bytes=900)
+
+    assert [source and source.task.id for source in first] == [*ids[:2], None, ids[2]]
+    assert [source and source.task.id for source in rest] == [other.id]
+    (shared,) = known.values()
+    tasks = [source.task for source in first if source is not None]
+    assert [task.params for task in tasks] == [new(n).params for n in range(3)]
+    assert all(task.params["workflow"] is shared.params["workflow"] for task in tasks)
+
+
+def test_retries_use_what_the_batch_keeps_and_are_none_of_it(ledger: Ledger) -> None:
+    """They are claimed and read whole, also when the batch's own tasks are all deleted."""
+    batch_id = ledger.submit_batch([new(n) for n in range(2)])[0].id
+    ids = ledger.batch_task_ids(batch_id, "ada")
+    run_sql(ledger, sa.update(t.batches).values(created_at=dt.datetime(2020, 1, 1, tzinfo=dt.UTC)))
+    ledger.cancel_batch(batch_id)
+    sources = ledger.retry_sources(ids, {}, max_bytes=10**6)
+    retries = []
+    for source in sources:
+        assert source is not None
+        assert source.shared is not None
+        own = source.shared.rest_of(source.task.params)
+        assert own is not None
+        assert "workflow" not in own
+        retries.append(new(retry_of=source.task.id, params=own, params_of=batch_id))
+    made = [task.id for task in ledger.retry_all(retries)]
+
+    assert ledger.batch_task_ids(batch_id, "ada") == ids
+    assert every(ledger, batch_id=batch_id) == ids[::-1]
+    found = ledger.get_batch(batch_id)
+    assert found is not None
+    assert found.counts[PENDING] == 0
+    for task_id in ids:
+        ledger.delete_task(task_id)
+    assert ledger.forget_empty_batches() == 0
+    for number, task_id in enumerate(made):
+        held = claim(ledger, task_id)
+        assert held.task.params == new(number).params
+        assert (held.task.batch_id, held.task.batch_index) == (None, None)
+        ledger.finish(held.fence, FAILED)
+        assert narrow_and_whole(ledger, task_id) == ({}, new(number).params)
+    (again, _) = ledger.retry_sources(ledger.retryable("ada"), {}, max_bytes=10**6)
+    assert again is not None
+    assert again.task.params == new(0).params  # a retry of a retry
+    for task_id in made:
+        ledger.delete_task(task_id)
+    assert ledger.forget_empty_batches() == 1
+
+
+def narrow_and_whole(ledger: Ledger, task_id: str) -> tuple[Any, Any]:
+    """A task's params, as somebody reads them who does not need them, and who does."""
+    narrow, whole = ledger.get(task_id, with_params=False), ledger.get(task_id)
+    assert narrow is not None
+    assert whole is not None
+    assert (narrow.status, narrow.attempts) == (whole.status, whole.attempts)
+    return narrow.params, whole.params
 
 
 # -- lists --------------------------------------------------------------------------------------

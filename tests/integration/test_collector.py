@@ -575,7 +575,8 @@ def test_storms_of_retries_deletions_and_collectors_make_no_deadlock(ledger_url:
             ledger.finish(held.fence, COMPLETED, outputs=[named(put(storage, held.fence))])
 
     def retry(ledger: Ledger, storage: LocalStorage, dice: random.Random) -> None:
-        found = ledger.retryable("ada", limit=20)
+        sources = ledger.retry_sources(ledger.retryable("ada", limit=20), {}, max_bytes=10**6)
+        found = [source.task for source in sources if source is not None]
         dice.shuffle(found)
         for new in ledger.retry_all([retries_of(ledger, each) for each in found]):
             ledger.cancel(new.id)

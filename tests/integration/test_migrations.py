@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from alembic.runtime.migration import MigrationContext
 
 import genpulse.ledger
 from genpulse.errors import LedgerUnavailable
-from genpulse.ledger import Ledger, metadata
+from genpulse.ledger import Ledger, metadata, mint
 from genpulse.ledger import tables as t
+from genpulse.model import NewTask
 from tests.support.ledger import claim, open_ledger, rows, run_sql, submit
 
 
@@ -31,13 +33,13 @@ def empty_url(request: pytest.FixtureRequest) -> str:
     return url
 
 
-def migrate_to(ledger: Ledger, revision: str) -> None:
+def migrate_to(ledger: Ledger, revision: str, *, down: bool = False) -> None:
     """Run Alembic as :meth:`Ledger.migrate` does, to any revision."""
     config = Config()
     config.set_main_option("script_location", str(Path(genpulse.ledger.__file__).parent / "migrations"))
     with ledger.engine.begin() as connection:
         config.attributes["connection"] = connection
-        (command.downgrade if revision == "base" else command.upgrade)(config, revision)
+        (command.downgrade if down else command.upgrade)(config, revision)
 
 
 def differences(ledger: Ledger) -> list[Any]:
@@ -114,7 +116,7 @@ def test_down_takes_everything_away_and_up_brings_it_back(empty_url: str) -> Non
     with open_ledger(empty_url) as ledger:
         ledger.migrate()
         before = schema(ledger)
-        migrate_to(ledger, "base")
+        migrate_to(ledger, "base", down=True)
         assert schema(ledger) == []
         ledger.migrate()
         assert schema(ledger) == before
@@ -175,8 +177,9 @@ def test_the_hosts_of_webhooks_that_wait_lose_their_ports(empty_url: str) -> Non
         "[2606:4700::11]:443",
     ]
     with open_ledger(empty_url) as ledger:
-        migrate_to(ledger, "0006")
+        ledger.migrate()
         task = submit(ledger)
+        migrate_to(ledger, "0006", down=True)
         at = dt.datetime.now(dt.UTC)
         for host in hosts:
             waits = {"status": "pending", "tries": 0, "attempts": 0, "created_at": at, "next_at": at}
@@ -188,6 +191,60 @@ def test_the_hosts_of_webhooks_that_wait_lose_their_ports(empty_url: str) -> Non
 
         found = sorted(row["host"] for row in rows(ledger, t.webhook_deliveries))
     assert found == ["192.0.2.10"] * 2 + ["[2606:4700::11]"] + ["a.example"] * 3
+
+
+def test_idempotency_keys_of_an_owner_become_those_of_its_api_keys(empty_url: str) -> None:
+    """Whoever repeats a request after the upgrade still finds it, and going back leaves one of each."""
+    with open_ledger(empty_url) as ledger:
+        ledger.migrate()
+        one, two = (mint() for _ in range(2))
+        for key in (one, two):
+            ledger.add_key(key, name="k", owner="ada", scopes=["submit"])
+        new = {name: NewTask("comfyui", "comfy", {}, owner=name) for name in ("ada", "default")}
+        hers, _ = ledger.submit(new["ada"], idempotency_key="k", api_key=one.id, body_hash="h")
+        everybodys, _ = ledger.submit(new["default"], idempotency_key="k", api_key="single", body_hash="h")
+        batch, _ = ledger.submit_batch([new["ada"]], idempotency_key="b", api_key=two.id, body_hash="h")
+        migrate_to(ledger, "0007", down=True)
+        assert len(rows_of(ledger, "idempotency_keys")) == 3
+
+        ledger.migrate()
+
+        for key in (one, two):
+            assert ledger.find_replay("ada", "k", "h", api_key=key.id) == hers
+            found = ledger.find_batch_replay("ada", "b", "h", api_key=key.id)
+            assert found is not None
+            assert found.id == batch.id
+        for word in ("", "single"):
+            assert ledger.find_replay("default", "k", "h", api_key=word) == everybodys
+        migrate_to(ledger, "0007", down=True)
+        assert len(rows_of(ledger, "idempotency_keys")) == 3
+
+
+def test_going_back_gives_retries_their_whole_params(empty_url: str) -> None:
+    """What a batch kept for them, and they did not repeat."""
+    with open_ledger(empty_url) as ledger:
+        ledger.migrate()
+        new = NewTask("comfyui", "comfy", {"workflow": {"1": "node"}, "inputs": {"seed": 1}}, owner="ada")
+        batch, _ = ledger.submit_batch([new])
+        ledger.cancel_batch(batch.id)
+        retry = dataclasses.replace(
+            new, params={"inputs": {"seed": 2}}, params_of=batch.id, retry_of=batch.task_ids[0]
+        )
+        (made,) = ledger.retry_all([retry])
+        whole = {"workflow": {"1": "node"}, "inputs": {"seed": 2}}
+        assert claim(ledger, made).task.params == whole
+
+        migrate_to(ledger, "0008", down=True)
+
+        ledger.migrate()
+        (row,) = rows(ledger, t.tasks, t.tasks.c.id == made.id)
+        assert (row["params"], row["params_of"]) == (whole, None)
+
+
+def rows_of(ledger: Ledger, table: str) -> list[Any]:
+    """Rows of a table as it is now, which need not be as the models say."""
+    with ledger.engine.connect() as connection:
+        return list(connection.execute(sa.text(f"SELECT * FROM {table}")))
 
 
 def test_a_ledger_that_was_not_migrated_says_so(empty_url: str) -> None:

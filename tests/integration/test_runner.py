@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from genpulse.comfy.pool import ServerPool
 from genpulse.config import Settings
 from genpulse.errors import NoServer
 from genpulse.ledger import Ledger
-from genpulse.model import AttemptOutcome, TaskStatus
+from genpulse.model import AttemptOutcome, NewOutput, OutputKind, TaskStatus
 from genpulse.storage import LocalStorage
 from genpulse.tasks import runner, wiring
 from genpulse.tasks.heartbeat import Heartbeat
@@ -148,3 +149,49 @@ def test_an_attempt_that_ignores_its_deadline_ends_with_its_process(
         assert found.error is not None
         assert found.error.code == "timeout"
         assert child.returncode == -signal.SIGKILL
+
+
+def test_an_outcome_that_the_ledger_refuses_is_a_failure_of_the_task(
+    ledger_url: str, valkey_url: str, tmp_path: Path
+) -> None:
+    """Not an attempt that dies at its last line, is taken for lost, and renders it all again."""
+    output = NewOutput("9", "a.png", OutputKind.IMAGE, "image/png", 1, "0" * 64, "outputs/a.png")
+    settings = Settings.build(data_dir=tmp_path, database_url=ledger_url, redis_url=valkey_url)
+    with open_ledger(ledger_url) as ledger:
+        # SQLite takes texts of any length, but both take numbers of 64 bits at most.
+        child = make_runner(settings, ledger, lambda *_: (dataclasses.replace(output, size_bytes=2**70),))
+        task = submit(ledger)
+
+        said = child.run(task.id)
+
+        found = ledger.get(task.id)
+        assert said == {"task_id": task.id, "attempt": 1, "status": "failed"}
+        assert found is not None
+        assert (found.status, found.error and found.error.code) == (TaskStatus.FAILED, "internal")
+        assert [each.outcome for each in found.attempts] == [AttemptOutcome.FAILED]
+        assert found.outputs == ()
+
+
+def test_what_a_server_calls_a_node_is_cut_to_what_the_ledger_takes(
+    ledger_url: str, valkey_url: str, tmp_path: Path
+) -> None:
+    """A node that a server added itself may have any id, and its picture is stored all the same."""
+    settings = Settings.build(data_dir=tmp_path, database_url=ledger_url, redis_url=valkey_url)
+
+    def execute(_: Any, context: runner.AttemptContext) -> tuple[NewOutput, ...]:
+        named = context.store(b"text", name="a.txt", node_id="7." * 150)
+        strange = context.store(b"text", name="b.txt", node_id="\0\ud800", content_type="x" * 300)
+        return (named, strange)
+
+    with open_ledger(ledger_url) as ledger:
+        task = submit(ledger)
+
+        make_runner(settings, ledger, execute).run(task.id)
+
+        found = ledger.get(task.id)
+        assert found is not None
+        assert found.status is TaskStatus.COMPLETED
+        assert [(len(each.node_id), each.content_type) for each in found.outputs] == [
+            (200, "text/plain; charset=utf-8"),
+            (1, "application/octet-stream"),
+        ]

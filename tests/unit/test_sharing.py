@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from genpulse.ledger.labels import label
-from genpulse.ledger.sharing import join, split
+from genpulse.ledger.sharing import Shared, join, split
 
 SCALARS = st.none() | st.booleans() | st.integers(-2, 2) | st.sampled_from([0.0, -0.0, 1.0]) | st.text("ab")
 KEYS = st.sampled_from("abc")
@@ -26,6 +26,22 @@ def test_what_comes_back_is_what_went_in(params: list[dict[str, Any]]) -> None:
     stored = json.loads(json.dumps([shared, own]))
 
     assert [json.dumps(join(stored[0], each)) for each in stored[1]] == [json.dumps(each) for each in params]
+
+
+@given(st.lists(PARAMS, min_size=1, max_size=4), st.lists(PARAMS, min_size=1, max_size=4))
+def test_a_rest_and_what_is_shared_are_the_whole(
+    kept: list[dict[str, Any]], others: list[dict[str, Any]]
+) -> None:
+    """Of those that shared it always, and of any others where it can be said at all."""
+    params, _ = split(kept)
+    shared = Shared("batch", json.loads(json.dumps(params)))
+
+    for each in kept:
+        assert shared.rest_of(each) is not None
+    for each in [*kept, *others, *kept]:
+        rest = shared.rest_of(each)
+        if rest is not None:
+            assert json.dumps(join(shared.params, json.loads(json.dumps(rest)))) == json.dumps(each)
 
 
 @pytest.mark.parametrize("pair", [(1, True), (1, 1.0), (0.0, -0.0), ([1], [True]), ({"a": 0}, {"a": False})])

@@ -97,6 +97,13 @@ class TestLoad:
         assert "5001 nodes" in refused({str(n): node for n in range(5001)}).detail
         assert "nested" in refused({"1": {"class_type": "X", "inputs": {"y": deep}}}).detail
 
+    def test_a_node_id_is_no_longer_than_an_outputs_record_takes(self) -> None:
+        """Otherwise the task would be rendered, and its outputs could not be written down."""
+        node = {"class_type": "SaveImage", "inputs": {}}
+
+        assert wf.load({"n" * 200: node})
+        assert refused({"n" * 201: node}).problem == "invalid_workflow"
+
     def test_twenty_errors_are_enough(self) -> None:
         """A hopeless graph gives a bounded answer."""
         assert len(refused({str(n): None for n in range(500)}).errors) == 20

@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from genpulse.errors import InvalidRequest
+from genpulse.tasks import batch
 from genpulse.tasks.batch import Grid
 from genpulse.tasks.registry import Registry
 
@@ -153,6 +155,47 @@ def test_a_grid_may_not_unfold_into_more_than_a_body(lone_api: Any) -> None:
 
     assert (answer.status_code, answer.json["code"]) == (413, "too_large")
     assert lone_api.rows("tasks") == 0
+
+
+def test_a_grid_below_a_large_workflow_is_refused_before_the_work(
+    real_api: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand copies of a graph would be made, checked and compared; a value of ``inputs`` needs none."""
+    monkeypatch.setattr(Grid, "requests", lambda _: pytest.fail("it was unfolded"))
+    monkeypatch.setattr(batch, "MAX_COPIED", 4000)
+    node = {"class_type": "SaveImage", "inputs": {"seed": 1, "images": ["0", 0]}}
+    params = {"workflow": {str(number): node for number in range(20)}, "inputs": {}}
+    changed = [{**node, "inputs": {"seed": seed}} for seed in range(50)]
+    body = {"template": {"task_type": "comfyui", "params": params}, "grid": {"workflow.6": changed}}
+
+    answer = real_api.client.post("/task/batch", json=body)
+
+    assert (answer.status_code, answer.json["code"]) == (413, "too_large")
+    assert [error["pointer"] for error in answer.json["errors"]] == ["/grid/workflow.6"]
+    assert "inputs" in answer.json["detail"]
+    assert real_api.rows("tasks") == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "size", "fits"),
+    [
+        ("workflow", {str(n): {"inputs": {"a": n}} for n in range(100)}, 1000, True),  # of real life
+        ("workflow", {str(n): {"inputs": {"a": n}} for n in range(5000)}, 60, True),
+        ("workflow", {str(n): {"inputs": {"a": n}} for n in range(5000)}, 70, False),
+        ("inputs", {"image": "data:image/png;base64," + "A" * 2**22}, 1000, True),  # is not copied
+        ("inputs", {"image": "data:image/png;base64," + "A" * 2**23}, 1000, False),
+    ],
+)
+def test_how_much_a_grid_may_copy(field: str, value: Any, size: int, fits: bool) -> None:
+    """By the number of values, not by the length of texts, which all copies have in common."""
+    grid = Grid({**TASK, "params": {field: value}}, {f"{field}.6": list(range(size))})
+
+    try:
+        grid.check_copies()
+    except InvalidRequest as error:
+        assert (error.problem, fits) == ("too_large", False)  # noqa: PT017 - either way is right
+    else:
+        assert fits
 
 
 def test_the_place_of_a_mistake_in_a_grid_is_found_for_each_combination() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import datetime as dt
 import hmac
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from genpulse.ledger import mint
+from genpulse.model import ApiKey, NewTask
 from genpulse.web import callers
 from tests.support import wait_until
 
@@ -261,3 +263,57 @@ def test_a_key_that_is_there_and_one_that_is_not_are_compared_alike(
     assert known.fits(lone_api.service.ledger.find_key(known.id))
     assert not unknown.fits(lone_api.service.ledger.find_key(unknown.id))
     assert compared == [(64, 64), (64, 64)]
+
+
+def test_an_idempotency_key_is_that_of_an_api_key(api: Any) -> None:
+    """Two programs of one owner count their orders independently of each other; each finds its own again."""
+    one, two = api.key("ada"), api.key("ada")
+    headers = {"Idempotency-Key": "order-1"}
+    body = {"task_type": "echo", "params": {"text": "hi"}}
+    batch = {"tasks": [body]}
+
+    def ids(call: Any) -> tuple[str, str]:
+        task = call("POST", "/task", json=body, headers=headers)
+        many = call("POST", "/task/batch", json=batch, headers={"Idempotency-Key": "batch-1"})
+        assert (task.status_code, many.status_code) == (202, 202), (task.text, many.text)
+        return task.json["task_id"], many.json["batch_id"]
+
+    first, second = ids(one), ids(two)
+    other = two("POST", "/task", json={**body, "priority": "low"}, headers=headers)
+
+    assert not set(first) & set(second)
+    assert (ids(one), ids(two)) == (first, second)
+    assert (other.status_code, other.json["code"]) == (422, "idempotency_key_reuse")
+    assert api.rows("tasks") == 4
+    retried = []
+    for call, (task_id, _) in ((one, first), (two, second)):
+        call("POST", f"/task/{task_id}/cancel")
+        key = {"Idempotency-Key": "again"}
+        answers = [call("POST", f"/task/{task_id}/retry", headers=key) for _ in range(2)]
+        assert [answer.status_code for answer in answers] == [202, 202]
+        retried += [answer.json["task_id"] for answer in answers]
+    assert len(set(retried)) == 2
+
+
+def test_idempotency_keys_end_one_by_one(api: Any) -> None:
+    """What one API key took stays when the same words of another one are past their time."""
+    new = NewTask(task_type="echo", queue="cpu", params={}, owner="ada")
+    ledger = api.service.ledger
+    old, _ = ledger.submit(new, idempotency_key="k", api_key="a", body_hash="h", idempotency_ttl_s=-1)
+    kept, _ = ledger.submit(new, idempotency_key="k", api_key="b", body_hash="h")
+
+    assert ledger.forget_expired_keys() == 1
+
+    assert ledger.find_replay("ada", "k", "h", api_key="a") is None
+    found = ledger.find_replay("ada", "k", "h", api_key="b")
+    assert found is not None
+    assert found.id == kept.id != old.id
+
+
+def test_the_single_key_and_those_without_one_have_words_of_their_own() -> None:
+    """An installation that gets its first key keeps the two apart."""
+    key = ApiKey("abc", "n", "ada", "", (), created_at=dt.datetime.now(dt.UTC))
+
+    assert callers.EVERYBODY.key_id == ""
+    assert callers.Caller("default", frozenset()).key_id == "single"
+    assert callers.Caller("ada", frozenset(), key).key_id == "abc"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,10 +13,13 @@ import pydantic
 import pytest
 import sqlalchemy as sa
 
+from genpulse.comfy import workflow as graph
+from genpulse.errors import LedgerUnavailable
 from genpulse.ledger import tables as t
 from genpulse.model import ErrorInfo, NewOutput, NewTask, TaskStatus
+from genpulse.tasks import submit
 from genpulse.tasks.registry import BaseHandler, Registry
-from tests.support.ledger import at_once, die, run_sql
+from tests.support.ledger import at_once, die, rows, run_sql
 
 UNKNOWN = str(uuid.uuid4())
 
@@ -325,6 +330,128 @@ def test_a_wrong_filter_is_refused(lone_api: Any, body: Any) -> None:
     assert (answer.status_code, answer.json["code"]) == (422, "invalid_request")
     assert lone_api.client.get(f"/task/{task_id}").status_code == 200
     assert lone_api.rows("tasks") == 1
+
+
+# -- by filter, a batch that shares much -----------------------------------------------------------
+
+
+@pytest.fixture
+def batch_api(build: Any, ledger_url: str, tmp_path: Path) -> Iterator[Any]:
+    """The API with the installed task types."""
+    made = build(ledger_url, tmp_path / "data", registry=Registry.load())
+    yield made
+    made.service.ledger.close()
+
+
+def failed_batch(api: Any, size: int, workflow: dict[str, Any], place: str = "inputs.seed") -> list[str]:
+    """A batch over a workflow whose tasks all failed; their ids."""
+    node = workflow["0"] if place.startswith("workflow") else {}
+    values = [{**node, "inputs": {"seed": n}} if node else n for n in range(size)]
+    template = {"task_type": "comfyui", "params": {"workflow": workflow, "inputs": {}}}
+    answer = api.client.post("/task/batch", json={"template": template, "grid": {place: values}})
+    assert answer.status_code == 202, answer.text
+    run_sql(
+        api.service.ledger,
+        sa.update(t.tasks).values(status=TaskStatus.FAILED, completed_at=t.tasks.c.created_at),
+    )
+    return list(answer.json["task_ids"])
+
+
+def large_workflow(nodes: int = 100) -> dict[str, Any]:
+    """A graph whose first node has the input ``seed``."""
+    node = {"class_type": "SaveImage", "inputs": {"images": ["0", 0], "text": "x" * 100}}
+    first = {"class_type": "KSampler", "inputs": {"seed": 0}, "_meta": {"title": "INPUT_seed"}}
+    return {"0": first, **{str(number): node for number in range(1, nodes)}}
+
+
+@pytest.mark.parametrize("place", ["inputs.seed", "workflow.0"])
+def test_retries_of_a_batch_share_what_the_batch_shares(
+    batch_api: Any, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """It is neither checked nor stored once more for each; each is whole to whoever reads it."""
+    api, ledger = batch_api, batch_api.service.ledger
+    workflow = large_workflow()
+    ids = failed_batch(api, 150, workflow, place)
+    looked_at: list[int] = []
+    check = graph.check_structure
+
+    def count(*args: Any, **more: Any) -> None:
+        looked_at.append(1)
+        check(*args, **more)
+
+    monkeypatch.setattr(graph, "check_structure", count)
+
+    dry = many(api, limit=1000, dry_run=True)
+    assert len(looked_at) == (1 if place == "inputs.seed" else 150)
+    answer = many(api, limit=1000)
+
+    assert [each["retry_of"] for each in dry.json["retried"]] == ids
+    assert [each["retry_of"] for each in answer.json["retried"]] == ids
+    retries = [each["task_id"] for each in answer.json["retried"]]
+    stored = rows(ledger, t.tasks, t.tasks.c.retry_of.is_not(None))
+    assert max(len(json.dumps(row["params"])) for row in stored) < 200
+    for former, retry in zip(ids[::50], retries[::50], strict=True):
+        assert json.dumps(ledger.get(retry).params) == json.dumps(ledger.get(former).params)
+    read = api.client.get(f"/task/{retries[0]}").json
+    assert (read["batch_id"], read["retry_of"]) == (None, ids[0])
+    assert many(api, limit=1000).json["retried"] == []
+
+
+def test_what_is_sent_again_is_read_in_parts_that_fit(
+    batch_api: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its number: by the bytes of what tasks have alone, of what they share, and of copies."""
+    api = batch_api
+    ledger = api.service.ledger
+    monkeypatch.setattr(submit, "_RETRY_BYTES", 50_000)
+    ids = [
+        *failed_batch(api, 5, large_workflow(), "workflow.0"),
+        *failed_batch(api, 150, large_workflow()),
+        *(
+            str(api.submit(task_type="comfyui", params={"workflow": large_workflow()})["task_id"])
+            for _ in "ab"
+        ),
+    ]
+    run_sql(ledger, sa.update(t.tasks).values(status=TaskStatus.FAILED, completed_at=t.tasks.c.created_at))
+    parts: list[list[Any]] = []
+    sources = ledger.retry_sources
+
+    def count(*args: Any, **more: Any) -> list[Any]:
+        parts.append(sources(*args, **more))
+        return parts[-1]
+
+    monkeypatch.setattr(ledger, "retry_sources", count)
+
+    answer = many(api, limit=1000)
+
+    assert [each["retry_of"] for each in answer.json["retried"]] == ids
+    assert all(sum(source.size for source in part[:-1]) <= 50_000 for part in parts)
+    assert {len(part) for part in parts} > {100}
+    assert max(len(part) for part in parts) == 100  # small ones go together
+
+
+def test_a_ledger_that_goes_away_behind_the_first_part_leaves_doubt(
+    batch_api: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hundred were recorded: nobody is told that nothing was, and a repeated call does the rest."""
+    api, ledger = batch_api, batch_api.service.ledger
+    failed_batch(api, 150, large_workflow(2))
+    record = ledger.retry_all
+    calls: list[int] = []
+
+    def away(*args: Any, **more: Any) -> Any:
+        calls.append(1)
+        if len(calls) > 1:
+            raise LedgerUnavailable("away")
+        return record(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger, "retry_all", away)
+        answer = many(api, limit=1000)
+
+    assert answer.status_code == 503
+    assert "not known" in answer.json["detail"]
+    assert len(many(api, limit=1000).json["retried"]) == 50
 
 
 # -- progress -------------------------------------------------------------------------------------
