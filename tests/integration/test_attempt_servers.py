@@ -615,8 +615,7 @@ def test_a_prompt_whose_post_got_no_answer_before_the_road_broke_is_not_forgotte
     wait_until(lambda: logged(gpu2, "started"))
     task = order(ledger, sleeping(60))
     with FaultProxy(gpu1.url) as road:
-        road.delay_s = 0.4
-        road.set_mode("delay")
+        road.set_mode("delay", delay_s=0.4)
         gpu1.faults(lose_answers_next=1)
         child = hire("child", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}"), "gpu2": gpu2})
         child.start(task)

@@ -646,11 +646,8 @@ MUTATIONS: tuple[Mutation, ...] = (
         (
             Edit(
                 CLIENT,
-                "            if error.refused:\n                raise\n        if self.look(",
-                "            if error.refused:\n"
-                "                raise\n"
-                "            return self.submit(workflow, prompt_id=prompt_id, client_id=client_id)\n"
-                "        if self.look(",
+                "return self._deliver_again(workflow, prompt_id, client_id, extra_data)",
+                "return self.submit(workflow, prompt_id=prompt_id, client_id=client_id)",
             ),
         ),
         (CLIENT_TESTS + "TestPrompts::test_an_uncertain_post_is_not_repeated",),
