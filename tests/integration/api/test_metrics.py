@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import sqlalchemy as sa
+import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
 from genpulse.ledger import measures
@@ -119,6 +120,7 @@ def test_without_a_ledger_the_rest_is_still_told(
     keyed_api: Api, bearer: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scrape that fails would hide the one thing there is to know."""
+    keyed_api.client.get("/health")  # so that there is something to count
     engine = sa.create_engine("sqlite:////nowhere/at/all.db")
     monkeypatch.setattr(keyed_api.service.ledger, "engine", engine)
     found = scrape(keyed_api, **bearer)
@@ -157,7 +159,7 @@ def test_each_line_of_a_request_carries_its_id(lone_api: Api, capfd: pytest.Capt
     """The line of the access log too; the caller's own id is taken if it is one."""
     from genpulse.telemetry import setup_logging
 
-    kept = logging.getLogger().handlers[:], logging.getLogger().level
+    kept, before = (logging.getLogger().handlers[:], logging.getLogger().level), structlog.get_config()
     setup_logging("INFO", "json")
     try:
         answer = lone_api.client.post(
@@ -170,6 +172,7 @@ def test_each_line_of_a_request_carries_its_id(lone_api: Api, capfd: pytest.Capt
     finally:
         logging.getLogger().handlers[:], level = kept[0], kept[1]
         logging.getLogger().setLevel(level)
+        structlog.configure(**before)
     lines = capfd.readouterr().err
     assert answer.headers["X-Request-Id"] == "order-4711"
     assert refused.get_json()["instance"] == "urn:genpulse:request:order-4712"
