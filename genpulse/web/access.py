@@ -161,7 +161,7 @@ def _refuse_strangers() -> None:
 
 
 def _is_loopback_host(host: str) -> bool:
-    match = _HOST.match(host)
+    match = _HOST.fullmatch(host)
     name = (match[1] or match[2] or "").lower().rstrip(".") if match else ""
     # "127.evil.example" begins like a loopback address and is none.
     return is_loopback(name) and (

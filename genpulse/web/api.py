@@ -231,7 +231,7 @@ def read_task(path: schemas.TaskPath, query: schemas.ReadQuery) -> Response:
         task, _ = await_task(
             task,
             query.wait,
-            lambda found: not known.contains(_etag(_json(_view(found)))) if known else _is_final(found),
+            lambda found: not known.contains_weak(_etag(_json(_view(found)))) if known else _is_final(found),
         )
     return _with_etag(_json(_view(task)))
 
@@ -567,7 +567,8 @@ def index() -> Response:
 
 
 def _known(task_id: str) -> str:
-    if not _UUID.match(task_id):
+    # Not match: "$" is also fulfilled before a line break at the end.
+    if not _UUID.fullmatch(task_id):
         raise _unknown_task()
     return task_id.lower()
 

@@ -559,6 +559,17 @@ def test_a_long_poll_ends_in_time(lone: Any) -> None:
     assert (again.status_code, again.data) == (304, b"")
 
 
+def test_a_weak_etag_waits_as_a_strong_one_does(lone: Any) -> None:
+    """A proxy that compresses makes our ETag weak, and ``If-None-Match`` compares weakly (RFC 9110, 13.1.2)."""
+    task_id = lone.submit()["task_id"]
+    known = lone.client.get(f"/task/{task_id}").headers["ETag"]
+    threading.Timer(0.5, lone.client.post, (f"/task/{task_id}/cancel",)).start()
+
+    moved = lone.client.get(f"/task/{task_id}?wait=60", headers={"If-None-Match": f"W/{known}"})
+
+    assert (moved.status_code, moved.json["status"]) == (200, "canceled")
+
+
 def test_a_conditional_long_poll_answers_when_anything_changes(watched: Any) -> None:
     """With ``If-None-Match`` progress is news; and what differs already is answered at once."""
     task_id = watched.submit()["task_id"]
