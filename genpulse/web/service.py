@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from genpulse.storage import StorageProvider
     from genpulse.tasks.admission import Admission
     from genpulse.tasks.registry import Registry
+    from genpulse.web.condition import Conditions
     from genpulse.web.watch import Watchers
 
 __all__ = ["OWNER", "Service", "service"]
@@ -44,6 +45,8 @@ class Service:
     """Whether the process was told to stop: ``/ready`` says so while requests in flight end."""
     watchers: Watchers = field(init=False)
     """Event streams and long polls; ``create_app`` sets it."""
+    conditions: Conditions = field(init=False)
+    """What works; ``create_app`` sets it."""
 
 
 def service() -> Service:

@@ -417,8 +417,9 @@ def test_status_counts_the_connections_to_the_database(api: Any) -> None:
         assert found is None
 
 
-def test_status_says_which_queue_nobody_takes_from(api: Any) -> None:
+def test_status_says_which_queue_nobody_takes_from(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A queue whose only ComfyUI is sick has no slots; one that needs none keeps its own."""
+    monkeypatch.setattr("genpulse.web.condition.REMEMBERED_S", 0)
     register(api, healthy=False)
 
     found = api.client.get("/status").json
