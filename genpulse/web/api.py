@@ -647,12 +647,14 @@ def await_task(task: Task, wait_s: float, enough: Callable[[Task], bool]) -> tup
     """
     The task as soon as it is *enough*, or as it is after *wait_s* seconds; and whether that was waited for.
 
-    It is not where every place of a watcher is taken.
+    It is not where every place of a watcher is taken, or all that the caller's owner may have.
     """
     if enough(task):
         return task, True
     here = service()
-    watch = here.watchers.enter(task.id, connection=connection())
+    watch = here.watchers.enter(
+        task.id, owner=access.owner(), shared=access.shared(), connection=connection()
+    )
     if watch is None:
         return task, False
     with watch:
