@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 
 import filetype
 from flask import current_app, request
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
 
 from genpulse.storage import clean_filename
@@ -54,7 +54,8 @@ def read_json() -> Any:
     Raises:
         Problem: 415 for another media type, 413 above the app's ``MAX_CONTENT_LENGTH`` (counted
             while reading, so a chunked body is bounded as well), 400 ``invalid_json`` for what is
-            not JSON, 422 ``invalid_request`` for JSON that could not be kept.
+            not JSON, 422 ``invalid_request`` for JSON that could not be kept, 408 for what comes
+            too slowly (:mod:`genpulse.web.pace`).
     """
     if request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
         raise Problem(415, detail="Send the body as application/json.")
@@ -84,7 +85,7 @@ def read_json() -> Any:
 
 def _read_all() -> bytes:
     """
-    The whole body, or 413.
+    The whole body, or 413, or 408.
 
     ``request.get_data`` cuts a chunked body off at the limit and calls what is left the body; then
     the beginning of a body could be taken for all of it.
@@ -92,7 +93,7 @@ def _read_all() -> bytes:
     limit = int(current_app.config["MAX_CONTENT_LENGTH"])
     request.max_content_length = limit + 1
     found = bytearray()
-    with _refusing_more(f"The body is larger than {limit} bytes."):
+    with _receiving(f"The body is larger than {limit} bytes."):
         while chunk := request.stream.read(min(_CHUNK_BYTES, limit + 1 - len(found))):
             found += chunk
             if len(found) > limit:
@@ -101,23 +102,29 @@ def _read_all() -> bytes:
 
 
 @contextlib.contextmanager
-def _refusing_more(detail: str) -> Iterator[None]:
+def _receiving(too_large: str) -> Iterator[None]:
     """
-    Make "too large" a 413 that its caller gets to read.
+    Make "too slow" a 408, and "too large" a 413 that its caller gets to read.
 
     A caller that is still sending when the connection closes sees a broken pipe and no answer, so
     a little more is taken in and thrown away first.
     """
     try:
         yield
+    except ClientDisconnected as error:
+        # Werkzeug's word for every failure to read; the server's own is behind it.
+        if isinstance(error.__context__, TimeoutError):
+            raise Problem(408, detail="The body came too slowly.", retryable=True) from None
+        raise
     except RequestEntityTooLarge:
         # Without this word of the server's, reading on might wait for bytes that never come.
         if request.environ.get("wsgi.input_terminated"):
             source, until = request.environ["wsgi.input"], time.monotonic() + _DRAIN_S
-            for _ in range(_DRAIN_BYTES // _CHUNK_BYTES):
-                if time.monotonic() > until or not source.read(_CHUNK_BYTES):
-                    break
-        raise Problem(413, detail=detail) from None
+            with contextlib.suppress(OSError):
+                for _ in range(_DRAIN_BYTES // _CHUNK_BYTES):
+                    if time.monotonic() > until or not source.read(_CHUNK_BYTES):
+                        break
+        raise Problem(413, detail=too_large) from None
 
 
 def check_values(value: Any) -> None:
@@ -150,8 +157,8 @@ def read_upload(max_bytes: int) -> Iterator[Upload]:
     The one part named ``file`` of a ``multipart/form-data`` body, for as long as the block lasts.
 
     Raises:
-        Problem: 415 for another media type, 413 above *max_bytes*, 400 for a broken form, 422 for
-            a form without a part ``file``, with two of them, or with an empty one.
+        Problem: 415 for another media type, 413 above *max_bytes*, 408 for what comes too slowly, 400
+            for a broken form, 422 for a form without a part ``file``, with two of them, or with an empty one.
     """
     boundary = request.mimetype_params.get("boundary", "")
     if request.mimetype != "multipart/form-data":
@@ -162,7 +169,7 @@ def read_upload(max_bytes: int) -> Iterator[Upload]:
     request.max_content_length = max_bytes + _PART_HEADER_BYTES
     with tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES) as spool:
         stream = cast("BinaryIO", spool)
-        with _refusing_more(f"The file is larger than {max_bytes} bytes, or the form around it is."):
+        with _receiving(f"The file is larger than {max_bytes} bytes, or the form around it is."):
             upload = _receive(stream, boundary.encode("ascii"), max_bytes)
         yield upload
 
