@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     max_watchers: int = Field(
         512,
         ge=0,
-        description="Event streams and long polls that each API process holds at a time, as far as its threads reach. Beyond it a stream is refused with 503 and a long poll answers at once.",
+        description="Event streams and long polls that each API process holds at a time, as far as its threads reach. Beyond it a stream is refused with 503 and a long poll answers at once. Where the ledger has API keys, one owner holds at most half of them.",
     )
     watch_s: float = Field(
         3600,

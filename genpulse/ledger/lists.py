@@ -77,8 +77,8 @@ class Lists(Batches):
         if not all(is_id(each.lower()) for each in (batch_id, before_id) if each is not None):
             return Page([], None)
         digests = sorted(label(owner, key, value) for key, value in (labels or {}).items())
-        oldest = _id_at(created_after - _SKEW) if created_after else _FIRST_ID
-        newest = _id_at(created_before + _SKEW) if created_before else _LAST_ID
+        oldest = _id_at(created_after, -_SKEW) if created_after else _FIRST_ID
+        newest = _id_at(created_before, _SKEW) if created_before else _LAST_ID
         start = min(newest, before_id.lower()) if before_id else newest
         task = t.tasks.c
         rest: list[sa.ColumnElement[bool]] = []
@@ -186,8 +186,8 @@ def _matching(
     return [each for each in ids if each in kept]
 
 
-def _id_at(at: dt.datetime) -> str:
-    """The least id of that time."""
-    milliseconds = min(max((at - _EPOCH) // dt.timedelta(milliseconds=1), 0), 2**48 - 1)
+def _id_at(at: dt.datetime, skew: dt.timedelta) -> str:
+    """The least id of that time and *skew*; their sum may lie beyond the years there are."""
+    milliseconds = min(max((at - _EPOCH + skew) // dt.timedelta(milliseconds=1), 0), 2**48 - 1)
     text = f"{milliseconds:012x}"
     return f"{text[:8]}-{text[8:]}-0000-0000-000000000000"

@@ -19,6 +19,7 @@ from genpulse.tasks.wiring import open_ledger, open_live, open_storage
 from genpulse.telemetry import metrics as measured
 from genpulse.telemetry import traces
 from genpulse.web import access, limits, observe, problems
+from genpulse.web.condition import Conditions
 from genpulse.web.service import Service
 from genpulse.web.watch import Watchers
 
@@ -86,6 +87,7 @@ def create_app(settings: Settings | None = None, *, registry: Registry | None = 
         places=settings.watcher_places,
         is_stopping=lambda: service.is_stopping(),  # noqa: PLW0108 - gunicorn's hook sets it later
     )
+    service.conditions = Conditions(service)
     measured.start("fleet", "api")
     traces.start(settings.otlp_endpoint, "genpulse-api")
     traces.instrument(app)

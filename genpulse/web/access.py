@@ -27,7 +27,7 @@ from genpulse.web.contract import Route, Routes
 from genpulse.web.problems import Problem, request_id
 from genpulse.web.service import Service, service
 
-__all__ = ["caller", "install", "may", "owner", "room", "route"]
+__all__ = ["caller", "install", "is_still_welcome", "may", "owner", "room", "route", "shared"]
 
 _HOST = re.compile(r"^(?:\[([0-9A-Fa-f:.]+)\]|([^:\[\]]+))(?::\d+)?$")
 
@@ -42,6 +42,7 @@ def install(app: Flask, settings: Settings, routes: Routes) -> None:
 
     def guard() -> None:
         # An address that does not exist, or not for this method, tells nothing: routing answers it.
+        g.callers = callers
         g.route = by_view.get((request.endpoint or "").rpartition(".")[2])
         is_open = g.route is None or g.route.is_open
         try:
@@ -95,6 +96,18 @@ def may(scope: str) -> bool:
     """Whether the caller showed a key with *scope*, or none is needed here."""
     found: Caller | None = g.get("caller")
     return found is not None and scope in found.scopes
+
+
+def is_still_welcome() -> bool:
+    """Whether the caller of a request that goes on for long would still be let in, as far as can be told."""
+    found: bool = g.callers.still_opens(caller())
+    return found
+
+
+def shared() -> bool:
+    """Whether this installation has keys, so that one owner must leave something to the others."""
+    found: bool = g.callers.are_several(caller())
+    return found
 
 
 def route() -> Route | None:
@@ -161,7 +174,7 @@ def _refuse_strangers() -> None:
 
 
 def _is_loopback_host(host: str) -> bool:
-    match = _HOST.match(host)
+    match = _HOST.fullmatch(host)
     name = (match[1] or match[2] or "").lower().rstrip(".") if match else ""
     # "127.evil.example" begins like a loopback address and is none.
     return is_loopback(name) and (

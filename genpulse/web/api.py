@@ -11,7 +11,7 @@ import contextlib
 import json
 import re
 from collections.abc import Callable
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from flask import Response, current_app, request
 from pydantic import BaseModel
@@ -21,7 +21,6 @@ from genpulse.errors import LedgerUnavailable, ObjectNotFound
 from genpulse.ledger import IdempotencyConflict, SourceGone
 from genpulse.model import Output, Task, TaskStatus
 from genpulse.storage import InvalidKey, check_key
-from genpulse.tasks import queues
 from genpulse.tasks.submit import accept, retry, retry_matching
 from genpulse.web import access, schemas
 from genpulse.web.answers import etag as _etag
@@ -57,9 +56,6 @@ MODELS: tuple[type[BaseModel], ...] = (
 
 POLL_S = 1
 """``Retry-After`` of a 202: when it is worth asking again."""
-
-WEBHOOKS_LATE_S = 60.0
-"""How long a webhook may be due before ``/status`` says so."""
 
 TASK_CODES = {
     422: (
@@ -238,7 +234,7 @@ def read_task(path: schemas.TaskPath, query: schemas.ReadQuery) -> Response:
         task, _ = await_task(
             task,
             query.wait,
-            lambda found: not known.contains(_etag(_json(_view(found)))) if known else _is_final(found),
+            lambda found: not known.contains_weak(_etag(_json(_view(found)))) if known else _is_final(found),
         )
     return _with_etag(_json(_view(task)))
 
@@ -575,7 +571,8 @@ def index() -> Response:
 
 
 def _known(task_id: str) -> str:
-    if not _UUID.match(task_id):
+    # Not match: "$" is also fulfilled before a line break at the end.
+    if not _UUID.fullmatch(task_id):
         raise _unknown_task()
     return task_id.lower()
 
@@ -644,97 +641,32 @@ def _send(key: str, content_type: str, size_bytes: int, sha256: str, name: str) 
 
 def _status(*, full: bool) -> schemas.StatusView:
     here = service()
-    problems: list[str] = []
-    known: dict[str, Any] = {}
-    accepting = not here.is_stopping()
-    if not accepting:
-        problems.append("This process is stopping.")
-    try:
-        here.ledger.ping()
-        known |= _fleet(problems)
-        if (counted := here.ledger.connections()) is not None:
-            known["database"] = {"connections": counted[0], "limit": counted[1]}
-    except LedgerUnavailable:
-        accepting = False
-        problems.append("The ledger does not answer.")
-    if not here.live.is_up():
-        problems.append("The broker does not answer; tasks are accepted and wait in the ledger.")
-    word: Literal["ok", "degraded", "down"]
-    word = "down" if not accepting else "degraded" if problems else "ok"
+    found = here.conditions.now(closely=full)
+    # Never remembered: whoever sends requests here has to learn of it at once.
+    stopping = here.is_stopping()
+    accepting = found.accepting and not stopping
+    problems = [*(["This process is stopping."] if stopping else []), *found.problems]
     return schemas.StatusView(
-        status=word,
+        status="down" if not accepting else "degraded" if problems else "ok",
         version=__version__,
         accepting=accepting,
         problems=problems if full else [],
-        **(known if full else {}),
+        **(found.details if full else {}),
     )
-
-
-def _fleet(problems: list[str]) -> dict[str, Any]:
-    """Queues, workers and servers as the ledger knows them; adds to *problems* what is missing."""
-    here = service()
-    workers = here.ledger.workers()
-    counts = here.ledger.counts()
-    lines = {}
-    for name in here.registry.queues():
-        serving = [worker for worker in workers if name in worker.queues]
-        live = [worker for worker in serving if queues.takes(worker, name)]
-        if not serving:
-            problems.append(f"No worker serves the queue {name}.")
-        elif not live:
-            problems.append(f"No worker of the queue {name} takes tasks just now.")
-        lines[name] = {
-            "pending": 0,
-            "processing": 0,
-            **counts.get(name, {}),
-            "workers": len(live),
-            "slots": sum(worker.slots for worker in live),
-        }
-    late = here.ledger.webhook_backlog()
-    if late.oldest_s > WEBHOOKS_LATE_S:
-        served = any(queues.WEBHOOKS in worker.queues for worker in workers)
-        why = "their receivers are slow" if served else "no worker serves the queue webhooks"
-        problems.append(f"Webhooks are late ({late.due} due): {why}.")
-    servers: dict[str, dict[str, Any]] = {}
-    for worker in workers:
-        for server in worker.servers:
-            entry = servers.setdefault(server["name"], {"healthy": False, "workers": 0, "reason": ""})
-            entry["workers"] += 1
-            entry["healthy"] = entry["healthy"] or bool(server["healthy"])
-            entry["reason"] = "" if entry["healthy"] else entry["reason"] or str(server.get("reason", ""))
-    problems.extend(
-        f"The server {name} is not healthy: {entry['reason'] or 'no reason known'}."
-        for name, entry in servers.items()
-        if not entry["healthy"]
-    )
-    return {
-        "queues": lines,
-        "workers": [
-            {
-                "name": worker.name,
-                "queues": list(worker.queues),
-                "slots": worker.slots,
-                "consuming": worker.consuming,
-                "version": worker.version,
-                "started_at": worker.started_at,
-                "seen_at": worker.seen_at,
-            }
-            for worker in workers
-        ],
-        "servers": servers,
-    }
 
 
 def await_task(task: Task, wait_s: float, enough: Callable[[Task], bool]) -> tuple[Task, bool]:
     """
     The task as soon as it is *enough*, or as it is after *wait_s* seconds; and whether that was waited for.
 
-    It is not where every place of a watcher is taken.
+    It is not where every place of a watcher is taken, or all that the caller's owner may have.
     """
     if enough(task):
         return task, True
     here = service()
-    watch = here.watchers.enter(task.id, connection=connection())
+    watch = here.watchers.enter(
+        task.id, owner=access.owner(), shared=access.shared(), connection=connection()
+    )
     if watch is None:
         return task, False
     with watch:

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 
 import filetype
 from flask import current_app, request
-from werkzeug.exceptions import RequestEntityTooLarge
+from werkzeug.exceptions import ClientDisconnected, RequestEntityTooLarge
 from werkzeug.sansio.multipart import Data, Epilogue, Field, File, MultipartDecoder, NeedData
 
 from genpulse.errors import QueueFull
@@ -61,7 +61,8 @@ def read_json() -> Iterator[Any]:
         QueueFull: This process has as many bytes of bodies in hand as it may.
         Problem: 415 for another media type, 413 above the app's ``MAX_CONTENT_LENGTH`` (counted
             while reading, so a chunked body is bounded as well), 400 ``invalid_json`` for what is
-            not JSON, 422 ``invalid_request`` for JSON that could not be kept.
+            not JSON, 422 ``invalid_request`` for JSON that could not be kept, 408 for what comes
+            too slowly (:mod:`genpulse.web.pace`).
     """
     if request.mimetype != "application/json" and not request.mimetype.endswith("+json"):
         raise Problem(415, detail="Send the body as application/json.")
@@ -71,7 +72,7 @@ def read_json() -> Iterator[Any]:
         raise Problem(415, detail="Send the body without a Content-Encoding.")
     limit = int(current_app.config["MAX_CONTENT_LENGTH"])
     with contextlib.ExitStack() as stack:
-        with _refusing_more(f"The body is larger than {limit} bytes."):
+        with _receiving(f"The body is larger than {limit} bytes."):
             announced = min(request.content_length or 0, limit)
             count = stack.enter_context(service().admission.reading(announced))
             body = _read_all(limit, count)
@@ -117,25 +118,31 @@ def _read_all(limit: int, count: Callable[[int], None]) -> bytes:
 
 
 @contextlib.contextmanager
-def _refusing_more(detail: str) -> Iterator[None]:
+def _receiving(too_large: str) -> Iterator[None]:
     """
-    Make "too large" a 413 that its caller gets to read, and let "no room" be read as well.
+    Make "too slow" a 408, "too large" a 413 that its caller gets to read, and let "no room" be read as well.
 
     A caller that is still sending when the connection closes sees a broken pipe and no answer, so
     a little more is taken in and thrown away first.
     """
     try:
         yield
+    except ClientDisconnected as error:
+        # Werkzeug's word for every failure to read; the server's own is behind it.
+        if isinstance(error.__context__, TimeoutError):
+            raise Problem(408, detail="The body came too slowly.", retryable=True) from None
+        raise
     except (QueueFull, RequestEntityTooLarge) as error:
         # Without this word of the server's, reading on might wait for bytes that never come.
         if request.environ.get("wsgi.input_terminated"):
             source, until = request.environ["wsgi.input"], time.monotonic() + _DRAIN_S
-            for _ in range(_DRAIN_BYTES // _CHUNK_BYTES):
-                if time.monotonic() > until or not source.read(_CHUNK_BYTES):
-                    break
+            with contextlib.suppress(OSError):
+                for _ in range(_DRAIN_BYTES // _CHUNK_BYTES):
+                    if time.monotonic() > until or not source.read(_CHUNK_BYTES):
+                        break
         if isinstance(error, QueueFull):
             raise
-        raise Problem(413, detail=detail) from None
+        raise Problem(413, detail=too_large) from None
 
 
 @contextlib.contextmanager
@@ -179,8 +186,8 @@ def read_upload(max_bytes: int) -> Iterator[Upload]:
     The one part named ``file`` of a ``multipart/form-data`` body, for as long as the block lasts.
 
     Raises:
-        Problem: 415 for another media type, 413 above *max_bytes*, 400 for a broken form, 422 for
-            a form without a part ``file``, with two of them, or with an empty one.
+        Problem: 415 for another media type, 413 above *max_bytes*, 408 for what comes too slowly, 400
+            for a broken form, 422 for a form without a part ``file``, with two of them, or with an empty one.
         QueueFull: There is no room for it on the disks.
     """
     boundary = request.mimetype_params.get("boundary", "")
@@ -192,13 +199,13 @@ def read_upload(max_bytes: int) -> Iterator[Upload]:
     request.max_content_length = max_bytes + _PART_HEADER_BYTES
     too_large = f"The file is larger than {max_bytes} bytes, or the form around it is."
     with contextlib.ExitStack() as stack:
-        with _refusing_more(too_large):
+        with _receiving(too_large):
             announced = min(request.content_length or 0, max_bytes)
             count = stack.enter_context(service().admission.receiving(announced))
         # Closing it writes once more what did not go to the disk, and fails again.
         stack.enter_context(_refusing_on_full_disk())
         spool = stack.enter_context(tempfile.SpooledTemporaryFile(max_size=_SPOOL_BYTES))
-        with _refusing_more(too_large), _refusing_on_full_disk():
+        with _receiving(too_large), _refusing_on_full_disk():
             upload = _receive(cast("BinaryIO", spool), boundary.encode("ascii"), max_bytes, count)
         yield upload
 

@@ -171,6 +171,27 @@ class Callers:
         self._known.put((source, digest), True)
         return caller
 
+    def still_opens(self, caller: Caller) -> bool:
+        """Whether *caller*, who was let in a while ago, would be let in now; yes where that is not known."""
+        try:
+            if not caller.shows_key:
+                return not self.need_key()
+            if caller.key is None:
+                return True
+            key = self._find(caller.key.id)
+        except LedgerUnavailable:
+            return True
+        return key is not None and key.is_usable
+
+    def are_several(self, caller: Caller) -> bool:
+        """Whether there may be other owners than that of *caller*: the ledger has, or had, keys."""
+        if not caller.shows_key or caller.key is not None:
+            return caller.shows_key
+        try:
+            return self._any.get("", self._ledger.has_keys)
+        except LedgerUnavailable:
+            return False
+
     def use_to_note(self, caller: Caller) -> Callable[[], None] | None:
         """What writes this use of a key down, if none was in the last minute; to be called when all is answered."""
         key = caller.key
@@ -192,12 +213,15 @@ class Callers:
         text = KeyText.parse(token.decode("ascii", "replace"))
         if text is None:
             raise _Guess
-        key = self._keys.get(text.id, lambda: self._ledger.find_key(text.id))
+        key = self._find(text.id)
         if not text.fits(key) or key is None:
             raise _Guess
         if not key.is_usable:
             raise WrongKey("The API key was revoked." if key.revoked_at else "The API key has expired.")
         return Caller(key.owner, frozenset(key.scopes), key)
+
+    def _find(self, key_id: str) -> ApiKey | None:
+        return self._keys.get(key_id, lambda: self._ledger.find_key(key_id))
 
 
 class _Guess(Exception):

@@ -119,7 +119,8 @@ class Routes:
             is_limited = method == "POST" and scope == "submit" and not rule.endswith("/cancel")
 
         def decorate(view: V) -> V:
-            words = _codes({*refusals, *usual}, limited=is_limited, own=codes or {})
+            slow = {408} if request_body or "body" in _models(view) else set()
+            words = _codes({*refusals, *usual, *slow}, limited=is_limited, own=codes or {})
             docs: dict[str, Any] = {
                 "summary": (inspect.getdoc(view) or "").partition("\n")[0],
                 "description": (inspect.getdoc(view) or "").partition("\n")[2].strip() or None,
@@ -324,7 +325,7 @@ def _problem(status: int, codes: Sequence[str]) -> dict[str, Any]:
                 "detail": examples.PROBLEMS[code],
                 "instance": "urn:uuid:5b8d7f6e-2f3c-4a1b-9c0d-1e2f3a4b5c6d",
                 "code": code,
-                "retryable": status in {429, 500, 503},
+                "retryable": status in {408, 429, 500, 503},
             }
         }
         for code in codes

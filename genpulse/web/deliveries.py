@@ -217,7 +217,7 @@ def redeliver(path: DeliveryPath) -> Response:
 
 
 def _known(delivery_id: str) -> str:
-    if not _UUID.match(delivery_id):
+    if not _UUID.fullmatch(delivery_id):
         raise _unknown()
     return delivery_id.lower()
 

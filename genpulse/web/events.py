@@ -26,7 +26,7 @@ from genpulse.errors import LedgerUnavailable
 from genpulse.live import Entry, order
 from genpulse.model import Task, TaskStatus
 from genpulse.tasks.views import ProgressDetail
-from genpulse.web import schemas
+from genpulse.web import access, schemas
 from genpulse.web.answers import link
 from genpulse.web.api import ROUTES, _known, _task, _view, connection
 from genpulse.web.contract import empty_answer, events_answer
@@ -156,19 +156,23 @@ def watch_task(path: schemas.TaskPath, query: EventsQuery, header: EventsHeaders
     | `gap` | events are missing (`GapEvent`); a `snapshot` follows |
 
     A comment comes at least each 15 seconds. With `Last-Event-ID` the stream goes on after that event.
-    A process holds so many watchers (`GENPULSE_MAX_WATCHERS`); beyond it this is 503 with `Retry-After`.
+    A process holds so many watchers (`GENPULSE_MAX_WATCHERS`), and with API keys half as many of one owner;
+    beyond it this is 503 with `Retry-After`. A stream ends soon after its key was revoked or has expired.
     """
     here = service()
     seen = Position.parse(header.last_event_id)
     watch = here.watchers.enter(
         _known(path.task_id),
+        owner=access.owner(),
+        shared=access.shared(),
         after=seen.log if seen is not None else None,
         connection=connection(),
-        previews=query.preview,
     )
     answer: Response | None = None
     try:
         task = _task(path.task_id)  # after the watch began, so that whatever comes later is told by it
+        if query.preview and watch is not None and not task.status.is_final:
+            watch.ask_for_previews()  # not before: it costs the worker something, and the task is the caller's
         answer = _begin(task, seen, watch)
     finally:
         if watch is not None:
@@ -188,7 +192,8 @@ def _begin(task: Task, seen: Position | None, watch: Watch | None) -> Response:
     if watch is None:
         raise Problem(
             503,
-            detail="This process has as many watchers as it takes. Read the task instead, or come again.",
+            detail="This process has as many watchers as it takes, or as it takes of one owner. Read the task"
+            " instead, or come again.",
             headers={"Retry-After": str(FULL_RETRY_S)},
             retryable=True,
         )
@@ -292,9 +297,13 @@ class Telling:
         assert watch is not None
         ends = time.monotonic() + life_s
         yield first
-        heartbeat = time.monotonic() + HEARTBEAT_S
+        heartbeat = ask_again = time.monotonic() + HEARTBEAT_S
         while not self.is_done and (now := time.monotonic()) < ends:
-            wait_s = min(heartbeat, ends) - now
+            if now >= ask_again:
+                if not access.is_still_welcome():
+                    return
+                ask_again = now + HEARTBEAT_S
+            wait_s = min(heartbeat, ask_again, ends) - now
             news = watch.wait(min(wait_s, 1.0) if self._owes_look else wait_s)
             if news.over:
                 return

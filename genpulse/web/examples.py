@@ -252,6 +252,7 @@ PROBLEMS: dict[str, str] = {
     "queue_full": "This owner has 10000 tasks waiting at most; send more when some are done.",
     "range_not_satisfiable": "The file has 1403221 bytes.",
     "rate_limited": "This owner may submit 100 per 1 second.",
+    "request_timeout": "The body came too slowly.",
     "too_large": "The body is larger than 16777216 bytes.",
     "unauthenticated": "Send the API key as Authorization: Bearer <key>.",
     "unavailable": "The ledger does not answer just now; nothing was accepted.",

@@ -56,8 +56,9 @@ def send_stored(
     else:
         # Opened before the first byte goes out, so that a missing object is an error and not half an answer.
         stream = storage.open(key, start=start, length=stop - start)
+        # No direct_passthrough: with it werkzeug hands the pieces to the server as they are, and
+        # nothing that is to happen when the answer is closed ever does.
         answer.response = _pieces(stream)
-        answer.direct_passthrough = True
         answer.call_on_close(stream.close)
     answer.content_length = stop - start
     return answer

@@ -1,7 +1,8 @@
 """
 How gunicorn serves the API: ``gunicorn -c python:genpulse.web.gunicorn_conf "genpulse.web:create_app()"``.
 
-Threads, because requests wait for a database and never for a GPU. The relay and the sweeper start
+Threads, because requests wait for a database and never for a GPU; ours end with callers who are too slow
+(:mod:`genpulse.web.pace`). The relay and the sweeper start
 after the fork, in each worker: a thread of the parent that was inside SQLite while it forked would
 leave the child locked for ever.
 """
@@ -21,7 +22,7 @@ _settings = Settings.from_env()
 bind = (
     f"[{_settings.host}]:{_settings.port}" if ":" in _settings.host else f"{_settings.host}:{_settings.port}"
 )
-worker_class = "gthread"
+worker_class = "genpulse.web.pace.PacedThreads"
 workers = _settings.api_workers
 threads = _settings.api_threads
 # Idle connections take no thread, but are counted here, and one beyond it is not accepted.

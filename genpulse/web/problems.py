@@ -49,7 +49,7 @@ _CODES = {
     403: "forbidden",
     404: "not_found",
     405: "method_not_allowed",
-    408: "timeout",
+    408: "request_timeout",
     409: "conflict",
     410: "gone",
     412: "precondition_failed",

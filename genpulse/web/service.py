@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from genpulse.storage import StorageProvider
     from genpulse.tasks.admission import Admission
     from genpulse.tasks.registry import Registry
+    from genpulse.web.condition import Conditions
     from genpulse.web.watch import Watchers
 
 __all__ = ["OWNER", "Service", "service"]
@@ -47,6 +48,8 @@ class Service:
     farthest: Farthest = field(default_factory=Farthest)
     watchers: Watchers = field(init=False)
     """Event streams and long polls; ``create_app`` sets it."""
+    conditions: Conditions = field(init=False)
+    """What works; ``create_app`` sets it."""
 
 
 def service() -> Service:

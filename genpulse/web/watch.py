@@ -2,7 +2,7 @@
 Who watches which task: event streams and long polls, under one cap for the process.
 
 Each watcher holds a thread of the server, so there are only so many places, and the rest of the
-threads is left to all other requests. What watchers learn comes by two ways, which feed all of them:
+threads is left to all other requests. Where owners share the server, none has more than half of them. What watchers learn comes by two ways, which feed all of them:
 one reader of Redis that tells within milliseconds, and one look at the ledger each second that
 finds whatever Redis did not tell. Redis may be down, wiped or wrong: then progress is missing and
 news are a second late, and the final state is seen all the same.
@@ -65,10 +65,11 @@ class Watch:
     """
 
     def __init__(
-        self, watchers: Watchers, topic: _Topic, connection: socket.socket | None, *, previews: bool
+        self, watchers: Watchers, topic: _Topic, owner: str, connection: socket.socket | None
     ) -> None:
         self.past: Past | None = None
-        self.previews = previews
+        self.owner = owner
+        self.previews = False
         self.connection = connection
         self.is_open = True
         self._watchers = watchers
@@ -88,6 +89,11 @@ class Watch:
     def close(self) -> None:
         """Give the place back. Safe to repeat."""
         self._watchers.leave(self)
+
+    def ask_for_previews(self) -> None:
+        """From now on take unfinished pictures, too, and ask the worker for them."""
+        self.previews = True
+        self._watchers.want_previews(self.task_id)
 
     def wait(self, timeout_s: float) -> News:
         """What there is to tell, at the latest after *timeout_s* seconds; possibly nothing."""
@@ -224,7 +230,8 @@ class Watchers:
         self._reader = EventReader(redis_url, self._heard)
         self._lock = threading.Lock()
         self._topics: dict[str, _Topic] = {}
-        self._taken = 0
+        self._taken: collections.Counter[str] = collections.Counter()
+        """Places by owner."""
         self._busy = threading.Event()
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -232,41 +239,45 @@ class Watchers:
     @property
     def taken(self) -> int:
         """How many places are taken now."""
-        return self._taken
+        with self._lock:
+            return self._taken.total()
 
     def enter(
         self,
         task_id: str,
         *,
+        owner: str,
+        shared: bool,
         after: str | None = None,
         connection: socket.socket | None = None,
-        previews: bool = False,
     ) -> Watch | None:
         """
         Watch a task. What happens to it after this returned is told.
 
         Args:
+            owner: Whose place it takes.
+            shared: There are other owners: this one may have half of the places.
             after: Also read what was logged after this id.
             connection: The caller's socket, if the server shows it; the watch ends when it is closed.
-            previews: Ask the worker for unfinished pictures.
 
         Returns:
-            ``None`` if all places are taken or the process stops.
+            ``None`` if all places are taken, or all of this owner's, or the process stops.
         """
         with self._lock:
-            if self._taken >= self.places or self._closing.is_set() or self._is_stopping():
+            most = max(1, self.places // 2) if shared else self.places
+            if self._taken.total() >= self.places or self._taken[owner] >= most:
                 return None
-            self._taken += 1
+            if self._closing.is_set() or self._is_stopping():
+                return None
+            self._taken[owner] += 1
             topic = self._topics.setdefault(task_id, _Topic(task_id, self.ledger))
-            watch = Watch(self, topic, connection, previews=previews)
+            watch = Watch(self, topic, owner, connection)
             topic.watches.add(watch)
             self._start_threads()
         self._busy.set()
         try:
             _expect_answers(connection)
             watch.past = self._reader.follow(task_id, after)
-            if previews:
-                self._reader.want_previews([task_id])
         except BaseException:
             watch.close()
             raise
@@ -278,7 +289,9 @@ class Watchers:
             if not watch.is_open:
                 return
             watch.is_open = False
-            self._taken -= 1
+            self._taken[watch.owner] -= 1
+            if not self._taken[watch.owner]:
+                del self._taken[watch.owner]
             topic = self._topics[watch.task_id]
             topic.watches.discard(watch)
             if not topic.watches:
@@ -288,6 +301,10 @@ class Watchers:
                 self._reader.drop_previews(watch.task_id)
             if not self._taken:
                 self._busy.clear()
+
+    def want_previews(self, task_id: str) -> None:
+        """See :meth:`Watch.ask_for_previews`; the keeper goes on asking."""
+        self._reader.want_previews([task_id])
 
     def saw(self, topic: _Topic, task: Task) -> None:
         """See :meth:`Watch.saw`."""

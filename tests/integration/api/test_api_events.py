@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import itertools
 import json
 import socket
 import threading
@@ -9,11 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import redis
 
+from genpulse.errors import LedgerUnavailable
+from genpulse.ledger import tables as t
 from genpulse.live import EVENTS_KEPT, PREVIEW_MAX_BYTES
 from genpulse.model import NewTask
 from genpulse.testing.services import FaultProxy
@@ -25,14 +30,16 @@ UNKNOWN = "7c9e6679-7425-40de-944b-e07fc1f90ae7"
 class Stream:
     """One event stream, read in a thread of its own."""
 
-    def __init__(self, api: Any, task_id: str, *, last: str | None = None, query: str = "") -> None:
+    def __init__(
+        self, api: Any, task_id: str, *, last: str | None = None, query: str = "", call: Any = None
+    ) -> None:
         self.api = api
         self.answer: Any = None
         self.events: list[tuple[str, str, Any]] = []
         """Id, name and data of each."""
         self.comments = 0
         self.ours, self.theirs = socket.socketpair()
-        headers = {"Last-Event-ID": last} if last else {}
+        headers = ({"Last-Event-ID": last} if last else {}) | (call.headers if call else {})
         self.thread = threading.Thread(
             target=self._read, args=(f"/task/{task_id}/events{query}", headers), daemon=True
         )
@@ -476,8 +483,124 @@ def test_somebody_elses_task_cannot_be_watched(lone: Any) -> None:
     )
 
     for task_id in (other.id, UNKNOWN, "x"):
-        for path in (f"/task/{task_id}/events", f"/task/{task_id}?wait=20"):
+        for path in (
+            f"/task/{task_id}/events",
+            f"/task/{task_id}/events?preview=1",
+            f"/task/{task_id}?wait=20",
+        ):
             assert lone.client.get(path).status_code == 404
+    # Nor does its worker make unfinished pictures for somebody who gets none.
+    assert not lone.worker.publish_preview(other.id, 1, b"picture", "image/jpeg", "3")
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are remembered for a fifth of a second, and streams look at theirs each half of one."""
+    monkeypatch.setattr("genpulse.web.callers.REMEMBERED_S", 0.2)
+    monkeypatch.setattr("genpulse.web.events.HEARTBEAT_S", 0.5)
+
+
+@pytest.mark.parametrize("end", ["revoked", "expired", "made"])
+def test_a_stream_ends_with_its_key(hasty: None, lone: Any, end: str) -> None:
+    """Also while it is so busy that no heartbeat is due, and where it began before there were any keys."""
+    call = None if end == "made" else lone.key("default")
+    task_id = call.submit() if call else lone.submit()["task_id"]
+    lone.claim(task_id)
+    stream = Stream(lone, task_id, call=call)
+    stream.until("snapshot")
+
+    if call is None:
+        lone.key("somebody else")
+    elif end == "revoked":
+        lone.service.ledger.revoke_key(call.key.id)
+    else:
+        past = dt.datetime.now(dt.UTC) - dt.timedelta(minutes=1)
+        with lone.service.ledger.engine.begin() as connection:
+            connection.execute(t.api_keys.update().values(expires_at=past))
+    percents = itertools.count()
+
+    def ended() -> bool:
+        progress(lone, task_id, next(percents) / 10)
+        return not stream.thread.is_alive()
+
+    wait_until(ended, 30, every_s=0.1, message="the stream is over")
+    assert stream.names[-1] != "done"
+    assert lone.service.watchers.taken == 0
+
+
+def test_a_key_that_still_opens_keeps_its_stream(
+    hasty: None, lone: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looked at time and again; a ledger that does not tell changes nothing."""
+    call = lone.key()
+    stream = Stream(lone, call.submit(), call=call)
+    wait_until(lambda: stream.comments >= 2)
+
+    def away(key_id: str) -> None:
+        raise LedgerUnavailable("away")
+
+    monkeypatch.setattr(lone.service.ledger, "find_key", away)
+    seen = stream.comments
+    wait_until(lambda: stream.comments >= seen + 3)
+
+    stream.close()
+
+
+def test_one_owner_leaves_places_to_the_others(lone: Any) -> None:
+    """With keys an owner has half of the places, whichever of its keys it shows; a long poll answers at once."""
+    ada, again, bob = lone.key("ada"), lone.key("ada"), lone.key("bob")
+    task_id = ada.submit()
+    first = Stream(lone, task_id, call=ada)
+    first.until("snapshot")
+
+    refused = again("GET", f"/task/{task_id}/events")
+    polled = again("GET", f"/task/{task_id}?wait=60")
+    other = Stream(lone, bob.submit(), call=bob)
+    other.until("snapshot")
+    first.close()
+    second = Stream(lone, task_id, call=again)
+
+    second.until("snapshot")
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "5")
+    assert polled.json["status"] == "pending"
+    for stream in (other, second):
+        stream.close()
+
+
+def test_a_single_owner_has_all_places(
+    build: Any, sqlite_ledger_url: str, valkey_url: str, tmp_path: Path, stack: ExitStack
+) -> None:
+    """The key of the settings alone is one owner; beside keys of the ledger it is one of several."""
+    made = build(sqlite_ledger_url, tmp_path / "data", redis_url=valkey_url, max_watchers=4, api_key="k")
+    api = stack.enter_context(contextmanager(opened)(made, valkey_url))
+    headers = {"Authorization": "Bearer k"}
+    call = SimpleNamespace(headers=headers)
+    answer = api.client.post("/task", json={"task_type": "echo", "params": {}}, headers=headers)
+    task_id = answer.json["task_id"]
+    streams = [Stream(api, task_id, call=call) for _ in range(4)]
+    for stream in streams:
+        stream.until("snapshot")
+    for stream in streams[1:]:
+        stream.close()
+
+    api.key("ada")
+
+    def is_full() -> bool:
+        """By now it is known that there are several."""
+        more = Stream(api, task_id, call=call)
+        wait_until(lambda: more.answer is not None)
+        taken = api.service.watchers.taken
+        refused = bool(more.answer.status_code == 503)
+        if not refused:
+            more.until("snapshot")
+            more.close()
+        return refused and taken == 2
+
+    second = Stream(api, task_id, call=call)
+    second.until("snapshot")
+    wait_until(is_full, 20, every_s=0.2, message="the owner has only half of the places")
+    for stream in (streams[0], second):
+        stream.close()
 
 
 def test_a_stream_lives_for_a_bounded_time(
@@ -557,6 +680,17 @@ def test_a_long_poll_ends_in_time(lone: Any) -> None:
     assert time.monotonic() - began > 0.6
     assert (first.status_code, first.json["status"]) == (200, "pending")
     assert (again.status_code, again.data) == (304, b"")
+
+
+def test_a_weak_etag_waits_as_a_strong_one_does(lone: Any) -> None:
+    """A proxy that compresses makes our ETag weak, and ``If-None-Match`` compares weakly (RFC 9110, 13.1.2)."""
+    task_id = lone.submit()["task_id"]
+    known = lone.client.get(f"/task/{task_id}").headers["ETag"]
+    threading.Timer(0.5, lone.client.post, (f"/task/{task_id}/cancel",)).start()
+
+    moved = lone.client.get(f"/task/{task_id}?wait=60", headers={"If-None-Match": f"W/{known}"})
+
+    assert (moved.status_code, moved.json["status"]) == (200, "canceled")
 
 
 def test_a_conditional_long_poll_answers_when_anything_changes(watched: Any) -> None:

@@ -141,6 +141,19 @@ def test_the_last_use_is_written_after_the_answer(api: Any, monkeypatch: pytest.
     assert api.service.ledger.find_key(call.key.id).last_used_at is not None
 
 
+def test_a_download_is_a_use_too(lone_api: Any) -> None:
+    """Also where the key opens nothing else in that minute, and the file is left in the middle."""
+    owner, reader = lone_api.key("ada"), lone_api.key("ada", ("read",))
+    task_id = owner.submit()
+    lone_api.complete(task_id, ("a.png", bytes(2**20), "image/png"))
+
+    answer = reader("GET", f"/task/{task_id}/outputs/0", buffered=False)
+    next(answer.iter_encoded())
+    answer.close()
+
+    assert lone_api.service.ledger.find_key(reader.key.id).last_used_at is not None
+
+
 def test_a_ledger_that_cannot_note_a_use_fails_no_request(
     lone_api: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -264,6 +264,21 @@ def test_a_list_is_filtered(api: Any) -> None:
     assert (by_type, by_time) == ([], [])
 
 
+@pytest.mark.parametrize("year", ["0001-01-01T00:00:00Z", "9999-12-31T23:59:59.999999Z"])
+def test_the_first_and_the_last_year_are_times_too(api: Any, year: str) -> None:
+    """Beyond both there are none, but what is asked for is not beyond them; also for a retry by filter."""
+    task_id = api.submit()["task_id"]
+    api.fail(task_id)
+    is_first = year.startswith("0")
+
+    for name, found in (("created_after", is_first), ("created_before", not is_first)):
+        listed = api.client.get("/task", query_string={name: year})
+        retried = api.client.post("/task/retry", json={"status": "failed", "dry_run": True, name: year})
+
+        assert [task["task_id"] for task in listed.json["tasks"]] == [task_id] * found
+        assert [pair["retry_of"] for pair in retried.json["retried"]] == [task_id] * found
+
+
 @pytest.mark.parametrize(
     "query",
     [
@@ -425,8 +440,9 @@ def test_status_counts_the_connections_to_the_database(api: Any) -> None:
         assert found is None
 
 
-def test_status_says_which_queue_nobody_takes_from(api: Any) -> None:
+def test_status_says_which_queue_nobody_takes_from(api: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A queue whose only ComfyUI is sick has no slots; one that needs none keeps its own."""
+    monkeypatch.setattr("genpulse.web.condition.REMEMBERED_S", 0)
     register(api, healthy=False)
 
     found = api.client.get("/status").json

@@ -294,6 +294,21 @@ def assert_tells_nothing(has: Belongings, answer: Any, where: str) -> None:
     assert not found, (where, found)
 
 
+def test_an_id_with_a_line_break_is_no_id(world: tuple[Belongings, Belongings]) -> None:
+    """404 on every route that takes one; PostgreSQL would call the comparison an error."""
+    has = world[0]
+    ids = {"task_id", "batch_id", "delivery_id"}
+    asked = set()
+    for (method, rule), end in itertools.product(routes(has.call.api.app), ("%0A", "%0D%0A", "%00", "%20")):
+        for name in ids.intersection(parameters(rule)):
+            asked.add(name)
+            for value in VALUES[name](has):
+                path = filled(rule, NOBODY | {name: value + end})
+                more: dict[str, Any] = {} if method in {"GET", "DELETE"} else {"json": {}}
+                assert has.call(method, path, **more).status_code == 404, (method, path)
+    assert asked == ids
+
+
 def test_keys_of_one_owner_share(lone_api: Any) -> None:
     """Ownership is the owner's, not the key's: a rotated key finds everything."""
     old, new = lone_api.key("ada"), lone_api.key("ada")

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 from genpulse.ledger import Ledger
 from genpulse.testing.services import free_port
+from tests.support import wait_until
 
 TASK = json.dumps({"task_type": "image-convert", "params": {}})
 
@@ -25,14 +27,19 @@ TASK = json.dumps({"task_type": "image-convert", "params": {}})
 class Server:
     """One ``gunicorn`` with one worker process."""
 
-    def __init__(self, port: int, log: Path, environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        port: int,
+        log: Path,
+        environment: dict[str, str],
+        config: str = "python:genpulse.web.gunicorn_conf",
+    ) -> None:
         self.port = port
         self.log = log
         with log.open("wb") as output:
             self.process = subprocess.Popen(
                 [
-                    sys.executable, "-m", "gunicorn", "--config", "python:genpulse.web.gunicorn_conf",
-                    "genpulse.web:create_app()",
+                    sys.executable, "-m", "gunicorn", "--config", config, "genpulse.web:create_app()",
                 ],
                 env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
@@ -68,21 +75,22 @@ class Server:
         pytest.fail(f"not ready: {self.log.read_text()}")
 
 
-@pytest.fixture
-def server(ledger_url: str, valkey_url: str, tmp_path: Path) -> Iterator[Server]:
+@contextmanager
+def serving(ledger_url: str, valkey_url: str, folder: Path, *config: str, **more: str) -> Iterator[Server]:
     """A running server on a real ledger and broker."""
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if not name.startswith("GENPULSE_")} | {
         "GENPULSE_DATABASE_URL": ledger_url,
         "GENPULSE_REDIS_URL": valkey_url,
-        "GENPULSE_DATA_DIR": str(tmp_path / "data"),
+        "GENPULSE_DATA_DIR": str(folder / "data"),
         "GENPULSE_PORT": str(port),
         "GENPULSE_API_WORKERS": "1",
         "GENPULSE_API_THREADS": "8",
         "GENPULSE_MAX_BODY_BYTES": "65536",
         "GENPULSE_MAX_UPLOAD_BYTES": "1048576",
+        **more,
     }
-    running = Server(port, tmp_path / "gunicorn.log", environment)
+    running = Server(port, folder / "gunicorn.log", environment, *config)
     try:
         running.wait_until_ready()
         yield running
@@ -94,6 +102,52 @@ def server(ledger_url: str, valkey_url: str, tmp_path: Path) -> Iterator[Server]
             os.killpg(running.process.pid, signal.SIGKILL)
             running.process.wait()
             raise
+
+
+@pytest.fixture
+def server(ledger_url: str, valkey_url: str, tmp_path: Path) -> Iterator[Server]:
+    """One with the patience of every day, on both databases in turn."""
+    with serving(ledger_url, valkey_url, tmp_path) as running:
+        yield running
+
+
+HASTY = """\
+from genpulse.web import pace
+from genpulse.web.gunicorn_conf import *
+
+pace.HEAD_S, pace.STALL_S, pace.GRACE_S = 1.5, 4.0, 1.0
+"""
+
+
+@pytest.fixture
+def hasty(sqlite_ledger_url: str, valkey_url: str, tmp_path: Path) -> Iterator[Server]:
+    """One that waits for nobody for long, and takes larger files."""
+    config = tmp_path / "hasty.py"
+    config.write_text(HASTY)
+    size = {"GENPULSE_MAX_UPLOAD_BYTES": str(64 * 2**20)}
+    with serving(sqlite_ledger_url, valkey_url, tmp_path, f"file:{config}", **size) as running:
+        yield running
+
+
+@pytest.fixture
+def connect(hasty: Server) -> Iterator[Callable[[bytes], socket.socket]]:
+    """Open a connection and send the beginning of something; it stays open until the test ends."""
+    with ExitStack() as stack:
+
+        def begin(text: bytes) -> socket.socket:
+            raw = stack.enter_context(socket.create_connection(("127.0.0.1", hasty.port), timeout=30))
+            raw.sendall(text)
+            return raw
+
+        yield begin
+
+
+def all_of(raw: socket.socket) -> bytes:
+    """What comes until the server hangs up."""
+    text = b""
+    while piece := raw.recv(65_536):
+        text += piece
+    return text
 
 
 def test_a_submission_wakes_the_relay_of_its_own_process(
@@ -187,3 +241,154 @@ def test_sigterm_ends_the_server_within_seconds(server: Server) -> None:
     assert time.monotonic() - begun < 8
     assert "Traceback" not in server.log.read_text()
     idle.close()
+
+
+# -- Callers who are slow ---------------------------------------------------------------------------------------------
+
+
+def test_whoever_sends_no_head_holds_no_thread(
+    hasty: Server, connect: Callable[[bytes], socket.socket]
+) -> None:
+    """A byte on more connections than there are threads: others are served, and the log says nothing."""
+    held = [connect(b"G") for _ in range(20)]
+
+    assert hasty.ask("GET", "/health")[0] == 200
+
+    assert [all_of(raw) for raw in held] == [b""] * 20
+    assert "Traceback" not in hasty.log.read_text()
+
+
+def test_whoever_does_not_hang_up_holds_nobody_up(
+    hasty: Server, connect: Callable[[bytes], socket.socket]
+) -> None:
+    """Closing politely takes two seconds each where the caller does not close, and others are served meanwhile."""
+    ask = b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: close\r\n\r\n"
+    held = [connect(ask) for _ in range(30)]
+    assert all_of(held[0]).startswith(b"HTTP/1.1 200 ")
+
+    assert hasty.ask("GET", "/health")[0] == 200
+
+    assert all(all_of(raw).startswith(b"HTTP/1.1 200 ") for raw in held[1:])
+
+
+def test_a_head_that_drips_ends(connect: Callable[[bytes], socket.socket]) -> None:
+    """Each byte comes in time, and the whole does not; also where another request went before it."""
+    raw = connect(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\nGET /health HTTP/1.1\r\nX-Slow: ")
+
+    def drips() -> bool:
+        try:
+            raw.sendall(b"x")
+        except OSError:
+            return False
+        return True
+
+    wait_until(lambda: not drips(), 30, every_s=0.1, message="the server hangs up")
+
+
+FORM = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+BODIES = {
+    "json": (b"POST /task HTTP/1.1", b"application/json", b"Content-Length: 50000", b'{"task_type"'),
+    "chunks": (b"POST /task HTTP/1.1", b"application/json", b"Transfer-Encoding: chunked", b"C350\r\n{"),
+    "batch": (b"POST /task/batch HTTP/1.1", b"application/json", b"Content-Length: 50000", b"{"),
+    "upload": (
+        b"POST /storage/upload HTTP/1.1",
+        b"multipart/form-data; boundary=b",
+        b"Content-Length: 50000",
+        FORM,
+    ),
+}
+
+
+@pytest.mark.parametrize("drip", [b"", b"x"], ids=["stalls", "drips"])
+def test_a_body_that_does_not_come_is_408(
+    hasty: Server, connect: Callable[[bytes], socket.socket], drip: bytes
+) -> None:
+    """Whether nothing comes any more or a byte now and then; the answer says so, and that the connection ends."""
+    answers: dict[socket.socket, bytes] = {}
+    for line, kind, length, beginning in BODIES.values():
+        head = b"%s\r\nHost: 127.0.0.1\r\nContent-Type: %s\r\n%s\r\n\r\n" % (line, kind, length)
+        raw = connect(head + beginning)
+        raw.settimeout(0.1)
+        answers[raw] = b""
+
+    def answered() -> bool:
+        for raw, text in answers.items():
+            if not text.endswith(b"}"):
+                with suppress(TimeoutError):
+                    raw.sendall(drip)
+                    answers[raw] += raw.recv(65_536)
+        return all(text.endswith(b"}") for text in answers.values())
+
+    wait_until(answered, 30, message="four answers")
+    for text in answers.values():
+        head, _, problem = text.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert b"connection: close" in head.lower()
+        assert (json.loads(problem)["code"], json.loads(problem)["retryable"]) == ("request_timeout", True)
+    assert hasty.ask("GET", "/health")[0] == 200
+    assert "Traceback" not in hasty.log.read_text()
+
+
+def test_a_slow_line_is_no_reason(hasty: Server) -> None:
+    """A body that takes longer than any single wait may, but goes on."""
+
+    def form() -> Iterator[bytes]:
+        yield FORM
+        for _ in range(14):
+            time.sleep(0.4)
+            yield b"\0" * 4096
+        yield b"\r\n--b--\r\n"
+
+    assert (
+        hasty.ask("POST", "/storage/upload", form(), Content_Type="multipart/form-data; boundary=b")[0] == 201
+    )
+
+
+def in_flight(server: Server) -> float:
+    """Requests that are being answered, this one not counted."""
+    text = server.ask("GET", "/metrics")[2].decode()
+    lines = [line for line in text.splitlines() if line.startswith("genpulse_http_requests_in_flight")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines) - 1
+
+
+@pytest.fixture
+def file(hasty: Server) -> tuple[str, bytes]:
+    """The address of a file that no socket's buffers hold, and its bytes."""
+    content = os.urandom(1024) * 24 * 1024
+    status, headers, answer = hasty.ask(
+        "POST",
+        "/storage/upload",
+        FORM + content + b"\r\n--b--\r\n",
+        Content_Type="multipart/form-data; boundary=b",
+    )
+    assert status == 201, answer
+    return headers["location"].partition(str(hasty.port))[2], content
+
+
+def test_downloads_end_in_every_way(hasty: Server, file: tuple[str, bytes]) -> None:
+    """Read to the end, in part, only looked at, or left in the middle: none is counted as under way any more."""
+    path, content = file
+
+    whole, part = hasty.ask("GET", path), hasty.ask("GET", path, Range="bytes=-70000")
+    looked = hasty.ask("HEAD", path)
+    for _ in range(3):
+        with closing(http.client.HTTPConnection("127.0.0.1", hasty.port, timeout=20)) as connection:
+            connection.request("GET", path)
+            connection.getresponse().read(10)
+
+    assert (whole[0], whole[2] == content, part[0], part[2] == content[-70_000:]) == (200, True, 206, True)
+    assert (looked[0], looked[1]["content-length"], looked[2]) == (200, str(len(content)), b"")
+    wait_until(lambda: in_flight(hasty) == 0, 20, every_s=0.1, message="all are over")
+
+
+def test_whoever_does_not_read_holds_no_thread(
+    hasty: Server, connect: Callable[[bytes], socket.socket], file: tuple[str, bytes]
+) -> None:
+    """A download that nobody takes ends, and more of them than there are threads keep nobody out."""
+    path, content = file
+    held = [connect(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()) for _ in range(12)]
+
+    wait_until(lambda: in_flight(hasty) == 0, 40, every_s=0.5, message="all are over")
+
+    assert all(0 < len(all_of(raw)) < len(content) for raw in held)
+    assert "Traceback" not in hasty.log.read_text()
