@@ -136,6 +136,11 @@ def presence_of(
     thread.join()
 
 
+def through(road: FaultProxy) -> Any:
+    """The server at the end of a road, for :func:`hire`."""
+    return SimpleNamespace(url=f"http://127.0.0.1:{road.port}")
+
+
 def order(ledger: Ledger, workflow: Workflow, **values: Any) -> Task:
     """A task that renders *workflow*."""
     return submit(ledger, params={"workflow": workflow, "inputs": {}}, **values)
@@ -444,7 +449,7 @@ def test_a_prompt_is_adopted_by_the_worker_that_still_reaches_its_server(
     gpu1 = start_server("gpu1")
     task = order(ledger, sleeping(8))
     with FaultProxy(gpu1.url) as road, presence_of(ledger, "gpu1", healthy=lambda: True):
-        first = hire("first", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}")})
+        first = hire("first", {"gpu1": through(road)})
         first.start(task)
         wait_until(lambda: logged(gpu1, "started"))
         road.set_mode(mode)
@@ -469,7 +474,7 @@ def test_a_finished_picture_is_fetched_by_the_worker_that_still_reaches_its_serv
     full.write_bytes(b"")  # a file, where a folder would be needed: storing is tried for a while
     task = order(ledger, simple())
     with FaultProxy(gpu1.url) as road, presence_of(ledger, "gpu1", healthy=lambda: True):
-        first = hire("first", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}")}, storage=full)
+        first = hire("first", {"gpu1": through(road)}, storage=full)
         first.start(task)
         wait_until(lambda: rows(ledger, t.attempts, t.attempts.c.rendered_at.is_not(None)))
         road.set_mode("refuse")
@@ -492,7 +497,7 @@ def test_a_server_that_nobody_reaches_has_forgotten_the_prompt(
         road = stack.enter_context(FaultProxy(gpu1.url))
         if others != "nobody":
             stack.enter_context(presence_of(ledger, "gpu1", healthy=lambda: False))
-        first = hire("first", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}")})
+        first = hire("first", {"gpu1": through(road)})
         first.start(task)
         wait_until(lambda: logged(gpu1, "started"))
         road.set_mode("refuse")
@@ -518,7 +523,7 @@ def test_a_worker_that_cannot_reach_a_prompts_server_leaves_it_to_the_one_that_c
         wait_until(lambda: logged(gpu1, "started"))
         second.draining.set()
         assert second.end() == TaskStatus.PENDING
-        first = hire("first", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}"), "gpu2": gpu2})
+        first = hire("first", {"gpu1": through(road), "gpu2": gpu2})
         road.set_mode("refuse")
 
         assert again(ledger, first, task) == TaskStatus.PENDING
@@ -546,7 +551,7 @@ def test_a_prompt_that_nobody_gets_an_answer_for_is_passed_on_so_often_and_no_mo
         wait_until(lambda: logged(gpu1, "started"))
         first.draining.set()
         assert first.end() == TaskStatus.PENDING
-        other = hire("other", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}"), "gpu2": gpu2})
+        other = hire("other", {"gpu1": through(road), "gpu2": gpu2})
         road.set_mode("refuse")
         for _ in range(2):
             assert again(ledger, other, task) == TaskStatus.PENDING
@@ -573,7 +578,7 @@ def test_a_worker_that_speaks_late_because_of_another_server_is_waited_for(
         presence_of(ledger, "gpu1", healthy=lambda: True, silent="gpu9", every_s=2.0),
     ):
         wait_until(ledger.workers)
-        first = hire("first", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}")})
+        first = hire("first", {"gpu1": through(road)})
         first.start(task)
         wait_until(lambda: logged(gpu1, "started"))
         road.set_mode("refuse")
@@ -591,7 +596,7 @@ def test_a_finished_picture_is_fetched_later_by_the_only_worker_of_its_server(
     full.write_bytes(b"")  # a file, where a folder would be needed: storing is tried for a while
     task = order(ledger, simple())
     with FaultProxy(gpu1.url) as road:
-        servers = {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}")}
+        servers = {"gpu1": through(road)}
         first = hire("first", servers, storage=full)
         first.start(task)
         wait_until(lambda: rows(ledger, t.attempts, t.attempts.c.rendered_at.is_not(None)))
@@ -617,7 +622,7 @@ def test_a_prompt_whose_post_got_no_answer_before_the_road_broke_is_not_forgotte
     with FaultProxy(gpu1.url) as road:
         road.set_mode("delay", delay_s=0.4)
         gpu1.faults(lose_answers_next=1)
-        child = hire("child", {"gpu1": SimpleNamespace(url=f"http://127.0.0.1:{road.port}"), "gpu2": gpu2})
+        child = hire("child", {"gpu1": through(road), "gpu2": gpu2})
         child.start(task)
         wait_until(lambda: logged(gpu1, "submitted"), every_s=0.01)
         road.set_mode("refuse")
