@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 
 pytest.register_assert_rewrite("tests.support")
 
+
+# A shell starts what it runs in the background deaf to Ctrl-C, and so would be all that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 _HEAVY = ("tests/e2e/", "tests/celery_nodes/")
 
