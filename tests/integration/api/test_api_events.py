@@ -637,9 +637,9 @@ def test_a_long_poll_answers_when_the_task_ends(watched: Any) -> None:
     ended: list[float] = []
 
     def end() -> None:
+        ended.append(time.monotonic())
         watched.finish(claim, ("a.png", b"png", "image/png"))
         watched.worker.forget_progress(task_id)
-        ended.append(time.monotonic())
 
     threading.Timer(0.5, end).start()
     task = watched.client.get(f"/task/{task_id}?wait=60").json

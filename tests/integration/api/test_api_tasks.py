@@ -347,7 +347,7 @@ def register(api: Any, *, healthy: bool = True, consuming: bool = True) -> None:
         name="w@host",
         host="host",
         pid=1,
-        queues=["comfy", "comfy@gpu1", "cpu"],
+        queues=["comfy", "comfy@gpu1", "cpu", "cpu@gpu1"],
         servers=[{"name": "gpu1", "healthy": healthy, "reason": "" if healthy else "no progress"}],
         slots=2,
         consuming=consuming,
