@@ -609,10 +609,7 @@ MUTATIONS: tuple[Mutation, ...] = (
                 "page.begin_round(MAX_CHILDREN)",
             ),
         ),
-        (
-            DELIVERY_TESTS + "TestOnAWorker::test_one_child_at_a_time_delivers_where_others_are_served",
-            "tests/celery_nodes/test_celery_webhooks.py::test_receivers_that_hang_leave_a_child_for_the_other_queue",
-        ),
+        (DELIVERY_TESTS + "TestOnAWorker::test_one_child_at_a_time_delivers_where_others_are_served",),
     ),
     # -- what callers see ---------------------------------------------------------------------
     Mutation(
