@@ -141,6 +141,14 @@ def through(road: FaultProxy) -> Any:
     return SimpleNamespace(url=f"http://127.0.0.1:{road.port}")
 
 
+def hand_back(child: Child, task: Task, server: Simulator) -> None:
+    """Let the prompt begin, and drain the child: the prompt goes on, for the next one to adopt."""
+    child.start(task)
+    wait_until(lambda: logged(server, "started"))
+    child.draining.set()
+    assert child.end() == TaskStatus.PENDING
+
+
 def order(ledger: Ledger, workflow: Workflow, **values: Any) -> Task:
     """A task that renders *workflow*."""
     return submit(ledger, params={"workflow": workflow, "inputs": {}}, **values)
@@ -519,10 +527,7 @@ def test_a_worker_that_cannot_reach_a_prompts_server_leaves_it_to_the_one_that_c
     task = order(ledger, sleeping(8))
     with FaultProxy(gpu1.url) as road, presence_of(ledger, "gpu1", healthy=lambda: True):
         second = hire("second", {"gpu1": gpu1})
-        second.start(task)
-        wait_until(lambda: logged(gpu1, "started"))
-        second.draining.set()
-        assert second.end() == TaskStatus.PENDING
+        hand_back(second, task, gpu1)
         first = hire("first", {"gpu1": through(road), "gpu2": gpu2})
         road.set_mode("refuse")
 
@@ -547,10 +552,7 @@ def test_a_prompt_that_nobody_gets_an_answer_for_is_passed_on_so_often_and_no_mo
     task = order(ledger, sleeping(60))
     with FaultProxy(gpu1.url) as road, presence_of(ledger, "gpu1", healthy=lambda: True):
         first = hire("first", {"gpu1": gpu1})
-        first.start(task)
-        wait_until(lambda: logged(gpu1, "started"))
-        first.draining.set()
-        assert first.end() == TaskStatus.PENDING
+        hand_back(first, task, gpu1)
         other = hire("other", {"gpu1": through(road), "gpu2": gpu2})
         road.set_mode("refuse")
         for _ in range(2):
@@ -661,10 +663,7 @@ def test_a_prompt_that_was_stopped_before_its_adoption_is_rendered_again_and_not
     gpu1 = start_server("gpu1")
     task = order(ledger, sleeping(60))
     first = hire("first", {"gpu1": gpu1})
-    first.start(task)
-    wait_until(lambda: logged(gpu1, "started"))
-    first.draining.set()
-    assert first.end() == TaskStatus.PENDING
+    hand_back(first, task, gpu1)
     second = hire("second", {"gpu1": gpu1})
     second.start(task)
     wait_until(lambda: len(rows(ledger, t.attempts, t.attempts.c.prompt_id.is_not(None))) == 2)
