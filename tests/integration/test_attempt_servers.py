@@ -723,6 +723,7 @@ def test_a_process_that_was_frozen_right_before_its_post_leaves_word_of_what_it_
     assert hire("second", {"gpu1": gpu1}).run(task) == TaskStatus.COMPLETED
     for stray in ledger.strays_on(["gpu1"]):  # as the janitor, who finds nothing of it on the server
         ledger.forget_stray(stray)
+    wait_until(first.has_heard_of_its_loss)  # a process that was frozen for long asks; this one only seems so
     thawed.set()
 
     assert first.end() == "lost"

@@ -84,6 +84,10 @@ class Child:
         self._thread = threading.Thread(target=run, name="child", daemon=True)
         self._thread.start()
 
+    def has_heard_of_its_loss(self) -> bool:
+        """Whether its heartbeat found that the attempt which runs is no more the task's."""
+        return all(signals.lost for _, signals in self._heartbeat._runs.values())
+
     def end(self, within_s: float = 20.0) -> str:
         """Wait for the end of the attempt; the word that the runner has for it."""
         assert self._thread is not None
